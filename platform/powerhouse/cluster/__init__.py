@@ -1,0 +1,1 @@
+"""The cluster file, and the same cluster on one machine."""

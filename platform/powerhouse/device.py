@@ -1,0 +1,30 @@
+"""Device and precision, chosen once and passed on as values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from powerhouse.errors import ConfigError
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+def choose_device(name: DeviceName = "auto") -> torch.device:
+    """Return the device; `auto` takes this process's CUDA device where there is one, else the CPU.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError("device: no CUDA device here", got=name, allowed="cpu, auto", do="ask Ray for a GPU, or use cpu")
+    if name == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def to_dtype(name: DtypeName) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -1,0 +1,1 @@
+"""Every number with its n and its signature."""

@@ -1,0 +1,1 @@
+"""Transformers in plain torch: no rank, no mesh, no Ray, no tokenizer."""
