@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from powerhouse.corpora.shards import TokenRows, write_shard
+from powerhouse.errors import InputError
+
+
+def test_rows_come_back_in_the_order_asked_for_across_shards(tmp_path: Path) -> None:
+    rows = np.arange(7 * 5, dtype=np.int32).reshape(7, 5)
+    write_shard(tmp_path / "rows-00000.arrow", rows[:3])
+    write_shard(tmp_path / "rows-00001.arrow", rows[3:])
+
+    shards = TokenRows(tmp_path)
+
+    assert (len(shards), shards.row_length) == (7, 5)
+    indices = np.array([6, 0, 3, 2, 6])
+    np.testing.assert_array_equal(rows[indices], shards.take(indices))
+
+
+def test_a_folder_without_shards_or_with_a_cut_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no token shards"):
+        TokenRows(tmp_path)
+
+    path = tmp_path / "rows-00000.arrow"
+    write_shard(path, np.ones((100, 5), dtype=np.int32))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(InputError, match="damaged token shard"):
+        TokenRows(tmp_path)
