@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from powerhouse.corpora.shards import TokenRows, write_shard
 from powerhouse.errors import InputError
 
