@@ -1,0 +1,200 @@
+"""The cluster of `cluster.yaml` on one machine: a Ray head that carries all three groups' resources.
+
+It is driven by Ray's own commands - `ray start`, `ray job submit`, `serve deploy` - as a real cluster is. No Ray is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+from pydantic import Field
+
+from powerhouse.artifacts import write_atomically
+from powerhouse.cluster.processes import CLUSTER_VARIABLE, check_port_is_free, end_processes, find_free_port, find_processes
+from powerhouse.config import STORAGE_VARIABLE, Config, storage_root
+from powerhouse.errors import ClusterError
+
+STATE_FILE = "cluster.json"
+_START_TIMEOUT_S = 120.0
+
+
+class LocalClusterConfig(Config):
+    """A Ray head on this machine."""
+
+    dashboard_port: int = Field(default=8265, gt=0, lt=65536)
+    """Ray's dashboard and job server."""
+    num_cpus: int = Field(default=8, gt=0)
+    """Logical CPUs that jobs may ask for; they share the machine's cores."""
+    object_store_mib: int = Field(default=1024, ge=80)
+    """Shared memory for data on its way between processes."""
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A running head, as its state file tells of it."""
+
+    cluster_id: str
+    head_pid: int
+    temp_dir: str
+    dashboard_port: int
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def is_running(self) -> bool:
+        return any(process.pid == self.head_pid for process in find_processes(self.cluster_id))
+
+    def submit(self, job: Path, arguments: Sequence[str]) -> None:
+        """Run a job to its end, its log shown here.
+
+        Raises:
+            ClusterError: it ended with an error, which its log names.
+        """
+        command = ["ray", "job", "submit", "--address", self.dashboard_url, "--runtime-env", "jobs/runtime_env.yaml"]
+        done = self.run([*command, "--", "python", str(job), *arguments])
+        if done != 0:
+            raise ClusterError(f"{job} failed", got=f"exit status {done}", do="read the job's log above")
+
+    def deploy(self, serve_config: Path) -> None:
+        """Send a Serve application file to the cluster; it comes up in the background.
+
+        Raises:
+            ClusterError: Serve refused the file.
+        """
+        if self.run(["serve", "deploy", str(serve_config), "--address", self.dashboard_url]) != 0:
+            raise ClusterError(f"{serve_config}: not deployed", do="read Serve's answer above")
+
+    def run(self, command: Sequence[str]) -> int:
+        """Run one of Ray's commands as this cluster's user would; it is ended if this process is interrupted."""
+        with subprocess.Popen(command, env=_environment(self.cluster_id)) as process:
+            try:
+                return process.wait()
+            except BaseException:
+                process.kill()
+                raise
+
+    def stop(self) -> None:
+        """End every process of the cluster and remove its temporary files."""
+        end_processes(self.cluster_id, self.head_pid)
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
+        state = storage_root() / STATE_FILE
+        if (other := read_state()) and other.cluster_id == self.cluster_id:
+            state.unlink()
+
+
+def start(config: LocalClusterConfig, *, outlives_us: bool) -> LocalCluster:
+    """Start the head and wait until it takes jobs. One that does not outlive us is ended even if we are killed.
+
+    Raises:
+        ClusterError: a port is in use, another cluster of this storage root runs, or Ray did not come up.
+    """
+    if (running := read_state()) and running.is_running:
+        raise ClusterError("a cluster is already running here", got=running.dashboard_url, do="make down")
+    check_port_is_free(config.dashboard_port, "Ray's dashboard", "cluster.dashboard_port=NUMBER")
+    cluster_id = uuid.uuid4().hex
+    subprocess.run(
+        [_tool("ray"), "get-auth-token", "--generate"], env=_environment(cluster_id), check=True, capture_output=True
+    )
+    temp_dir = tempfile.mkdtemp(prefix="ph-", dir="/tmp")  # short: Ray's socket paths have a limit of 107 bytes
+    log = Path(temp_dir) / "head.log"
+    with log.open("w", encoding="utf-8") as output:
+        head = subprocess.Popen(
+            _head_command(config, temp_dir),
+            env=_environment(cluster_id),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is ours to handle: Ray is told to stop, in order
+            preexec_fn=None if outlives_us else _die_with_parent,
+        )
+    cluster = LocalCluster(cluster_id, head.pid, temp_dir, config.dashboard_port)
+    storage_root().mkdir(parents=True, exist_ok=True)
+    write_atomically(storage_root() / STATE_FILE, json.dumps(asdict(cluster)))
+    try:
+        _wait_until_up(cluster, head, log)
+    except BaseException:
+        cluster.stop()
+        raise
+    return cluster
+
+
+@contextlib.contextmanager
+def running(config: LocalClusterConfig) -> Iterator[LocalCluster]:
+    """A cluster for the length of a `with` block; nothing of it is left after an error, Ctrl-C or SIGTERM."""
+    cluster = start(config, outlives_us=False)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def read_state() -> LocalCluster | None:
+    """Return the cluster that was last started on this storage root, running or not."""
+    try:
+        return LocalCluster(**json.loads((storage_root() / STATE_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def _head_command(config: LocalClusterConfig, temp_dir: str) -> list[str]:
+    groups = json.dumps({"data": 1000, "train": 1000, "serve": 1000})
+    options = {
+        "--node-ip-address": "127.0.0.1",  # nothing of it listens to the network
+        "--port": find_free_port(),
+        "--dashboard-host": "127.0.0.1",
+        "--dashboard-port": config.dashboard_port,
+        "--dashboard-agent-listen-port": 0,
+        "--ray-client-server-port": find_free_port(),
+        "--num-cpus": config.num_cpus,
+        "--resources": groups,
+        "--object-store-memory": config.object_store_mib * 2**20,
+        "--temp-dir": temp_dir,
+    }
+    flags = ["--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
+    return [_tool("ray"), "start", *flags, *(f"{name}={value}" for name, value in options.items())]
+
+
+def _environment(cluster_id: str) -> dict[str, str]:
+    """The caller's environment, this interpreter's commands first, and what marks and joins the cluster."""
+    environment = dict(os.environ)
+    environment.pop("RAY_ADDRESS", None)
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    marks = {CLUSTER_VARIABLE: cluster_id, STORAGE_VARIABLE: str(storage_root()), "RAY_AUTH_MODE": "token"}
+    return environment | marks | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _tool(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end the head when we die of kill -9; elsewhere there is no such call."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def _wait_until_up(cluster: LocalCluster, head: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while head.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{cluster.dashboard_url}/api/version", timeout=5).status_code in (200, 401):
+                return
+        time.sleep(0.3)
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+    raise ClusterError("Ray's head did not come up", got=tail)

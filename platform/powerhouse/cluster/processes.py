@@ -1,0 +1,123 @@
+"""Find, measure and end every process of a local cluster, however it was orphaned.
+
+All of them inherit one environment variable with the cluster's id; parents and process groups change when a parent is
+killed, the environment does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from types import TracebackType
+
+import psutil
+
+from powerhouse.errors import ClusterError
+
+CLUSTER_VARIABLE = "POWERHOUSE_CLUSTER"
+
+
+def find_processes(cluster_id: str) -> list[psutil.Process]:
+    """List the living processes that carry the cluster's id, this one left out."""
+    return [
+        process
+        for process in psutil.process_iter()
+        if process.pid != psutil.Process().pid and _cluster_of(process) == cluster_id
+    ]
+
+
+def _cluster_of(process: psutil.Process) -> str | None:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        value: str | None = process.environ().get(CLUSTER_VARIABLE)
+        return value
+    except (psutil.Error, OSError):  # gone meanwhile, or another user's
+        return None
+
+
+def end_processes(cluster_id: str, head_pid: int | None, grace_s: float = 10.0) -> None:
+    """Ask the head to stop its node, then kill what is left until nothing carries the id."""
+    if head_pid is not None:
+        with contextlib.suppress(psutil.Error):
+            head = psutil.Process(head_pid)
+            if _cluster_of(head) == cluster_id:  # a pid out of a stale file may be anyone's by now
+                head.terminate()
+                head.wait(grace_s)
+    deadline = time.monotonic() + grace_s
+    while left := find_processes(cluster_id):
+        if time.monotonic() > deadline:
+            raise ClusterError("processes of the cluster do not end", got=[process.pid for process in left])
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
+
+
+def check_port_is_free(port: int, purpose: str, how_to_change: str) -> None:
+    """Raise where somebody listens.
+
+    Raises:
+        ClusterError: the port is in use; the message names the process where the system tells.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise ClusterError(
+                f"port {port} ({purpose}) is already in use",
+                got=_listener(port),
+                do=f"stop that process, or choose another port: {how_to_change}",
+            ) from None
+
+
+def find_free_port() -> int:
+    """Name a port that nobody listens on now; it is not reserved."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _listener(port: int) -> str | None:
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.pid:
+                return f"pid {connection.pid} ({psutil.Process(connection.pid).name()}) listens there"
+    return None
+
+
+class PeakMemory:
+    """While entered, samples the memory of all the cluster's processes; shared pages count once (PSS on Linux)."""
+
+    def __init__(self, cluster_id: str, interval_s: float = 1.0) -> None:
+        self.peak_bytes = 0
+        self._cluster_id = cluster_id
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.is_set():
+            total = sum(_memory_bytes(process) for process in find_processes(self._cluster_id))
+            self.peak_bytes = max(self.peak_bytes, total)
+            self._stop.wait(self._interval_s)
+
+
+def _memory_bytes(process: psutil.Process) -> int:
+    try:
+        memory = process.memory_full_info()
+        return int(getattr(memory, "pss", memory.uss))
+    except (psutil.Error, OSError):
+        return 0

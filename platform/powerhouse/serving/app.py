@@ -1,0 +1,45 @@
+"""The Serve application: what `import_path: powerhouse.serving.app:build` of a Serve file names. [Ray]"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import BackpressureConfig
+
+from powerhouse.config import validate
+from powerhouse.serving.api import RETRY_AFTER_S
+from powerhouse.serving.config import ServingConfig, to_actor_options
+from powerhouse.serving.replica import PipelineReplica
+
+# What a Serve file's `deployments` may override. A model that does not load on the first try never will, so there is
+# no second one; a generation may take minutes, so a replica that is to stop has them.
+_DEFAULTS: dict[str, Any] = {
+    "name": "PipelineReplica",
+    "max_constructor_retry_count": 1,
+    "max_queued_requests": 128,
+    "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
+    "graceful_shutdown_timeout_s": 300,
+    "graceful_shutdown_wait_loop_s": 0.5,
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 30,
+}
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Make the application from the `args` of a Serve file: the fields of `ServingConfig`.
+
+    Raises:
+        ConfigError: a field is unknown, missing or out of range.
+    """
+    config = validate(ServingConfig, args, "args of the Serve application")
+    bundles = config.bundles
+    deployment = serve.deployment(
+        serve.ingress()(PipelineReplica),
+        placement_group_bundles=bundles,
+        ray_actor_options=to_actor_options(bundles[0]),
+        # All that the engine can hold, running and waiting; Serve's own queue comes after it.
+        max_ongoing_requests=config.engine.max_num_seqs + config.engine.max_waiting_requests,
+        **_DEFAULTS,
+    )
+    return deployment.bind(config)
