@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], max_examples=50
+)
+hypothesis.settings.load_profile("untimed")
+# Tensors are tiny here: a second thread would only wait, and take the core from whatever else runs.
+torch.set_num_threads(1)
+
+# One token for every Ray that the tests start: a process reads it once, and none is to be left in the home folder.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,7 +5,10 @@
      ├── InputError (ValueError)        data from outside is missing, empty or damaged
      │    └── ModelFormatError          ... a model directory
      ├── ArtifactError                  a stage's folder is unfinished, foreign or not what its manifest says
+     ├── TrainingError                  a run that cannot go on: its loss is no number, or its workers keep failing
      ├── RequestError (ValueError)      an inference request that can never be served
+     │    └── QueueFullError            ... now: it may be sent again later
+     ├── EngineError                    a pipeline stage is lost or broke, and the engine with it
      └── ClusterError                   the Ray cluster, a port or a process is not as needed
 
 Each says what is wrong, what was got, what is allowed and what to do. `assert` is kept for what only a bug can break.
@@ -44,7 +47,19 @@ class ArtifactError(PowerhouseError):
     pass
 
 
+class TrainingError(PowerhouseError):
+    pass
+
+
 class RequestError(PowerhouseError, ValueError):
+    pass
+
+
+class QueueFullError(RequestError):
+    pass
+
+
+class EngineError(PowerhouseError):
     pass
 
 

@@ -18,11 +18,20 @@ Gauge = Callable[[str, float], None]
 
 def progress(name: str, total: float | None, unit: str) -> tqdm[Any]:
     """Make a progress bar on standard error: live on a terminal, a line every ten seconds in a job's log."""
-    is_live = sys.stderr.isatty()
-    return tqdm(
-        desc=name, total=total, unit=unit, unit_scale=True, file=sys.stderr, dynamic_ncols=is_live, ascii=" -=#",
-        mininterval=0.5 if is_live else 10, maxinterval=10, ncols=None if is_live else 100,
-    )  # fmt: skip
+    if sys.stderr.isatty():
+        return tqdm(desc=name, total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
+    return tqdm(desc=name, total=total, unit=unit, unit_scale=True, ncols=100, ascii=" -=#", mininterval=10, file=_Lines())
+
+
+class _Lines:
+    """Standard error for a bar that nobody watches: each state a line of its own, not one written over the last."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class MetricsLog:

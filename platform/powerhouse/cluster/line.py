@@ -41,6 +41,8 @@ class StageConfig(Config):
     """Script under jobs/."""
     config: Path
     """Its YAML."""
+    overrides: tuple[str, ...] = ()
+    """key=value settings laid over it."""
     kind: str
     """Kind of the artifact."""
     artifact: StoragePath
@@ -84,7 +86,7 @@ def run_stage(cluster: LocalCluster, stage: StageConfig) -> StageResult:
     before = manifest.stat().st_mtime_ns if manifest.exists() else None
     start = time.monotonic()
     with PeakMemory(cluster.cluster_id) as memory:
-        cluster.submit(stage.job, ["--config", str(stage.config)])
+        cluster.submit(stage.job, ["--config", str(stage.config), *stage.overrides])
     artifact = Artifact.open(stage.artifact, stage.kind)
     was_kept = manifest.stat().st_mtime_ns == before
     return StageResult(name, artifact, time.monotonic() - start, memory.peak_bytes, was_kept)
@@ -117,11 +119,18 @@ def deploy(cluster: LocalCluster, config: LineConfig) -> None:
     while time.monotonic() < deadline:
         if failure := _deploy_failure(cluster):
             raise ClusterError("the endpoint did not come up", got=failure)
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.post(_completions_url(config), json={"prompt": "a", "max_tokens": 1}, timeout=30).is_success:
-                return
+        if _answers(config):
+            return
         time.sleep(0.5)
     raise ClusterError("the endpoint was not ready in time", got=f"{_READY_TIMEOUT_S:.0f} s", do=f"see {cluster.dashboard_url}")
+
+
+def _answers(config: LineConfig) -> bool:
+    """Try a completion of one token: an endpoint that only says it is healthy is not yet ready."""
+    with contextlib.suppress(httpx.TransportError, httpx.HTTPStatusError):
+        probe = {"model": _model_name(config), "prompt": "a", "max_tokens": 1}
+        return httpx.post(_url(config, "completions"), json=probe, timeout=30).is_success
+    return False
 
 
 @dataclass(frozen=True)
@@ -132,11 +141,19 @@ class Answer:
 
 def ask(config: LineConfig) -> Answer:
     """Stream one completion over HTTP and print it as it comes."""
-    body = {"prompt": config.prompt, "max_tokens": config.max_tokens, "temperature": 0.8, "top_p": 0.95, "seed": 1}
+    body = {
+        "model": _model_name(config),
+        "prompt": config.prompt,
+        "max_tokens": config.max_tokens,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "seed": 1,
+    }
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     _say(f"\n{config.prompt}", end="")
-    pieces, num_tokens = [], 0
-    with httpx.stream("POST", _completions_url(config), json=body | stream, timeout=120) as response:
+    pieces: list[str] = []
+    num_tokens = 0
+    with httpx.stream("POST", _url(config, "completions"), json=body | stream, timeout=120) as response:
         response.raise_for_status()
         for event in _events(response):
             pieces.extend(choice["text"] for choice in event["choices"])
@@ -154,8 +171,14 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data: "))
 
 
-def _completions_url(config: LineConfig) -> str:
-    return f"http://127.0.0.1:{config.http_port}/v1/completions"
+def _url(config: LineConfig, route: str) -> str:
+    return f"http://127.0.0.1:{config.http_port}/v1/{route}"
+
+
+def _model_name(config: LineConfig) -> str:
+    """Name of the model that the endpoint serves."""
+    models = httpx.get(_url(config, "models"), timeout=30).raise_for_status().json()
+    return str(models["data"][0]["id"])
 
 
 def _with_port(config: LineConfig) -> Path:
@@ -172,12 +195,8 @@ def _with_port(config: LineConfig) -> Path:
 
 def _deploy_failure(cluster: LocalCluster) -> str | None:
     """Return Serve's own message where an application has failed to deploy."""
-    token = (Path.home() / ".ray" / "auth_token").read_text(encoding="utf-8").strip()
-    url = f"{cluster.dashboard_url}/api/serve/applications/"
-    status = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
-    status.raise_for_status()
-    failed = [app for app in status.json()["applications"].values() if app["status"] == "DEPLOY_FAILED"]
-    return next((str(app["message"]) for app in failed), None)
+    applications = cluster.serve_status().get("applications", {})
+    return next((str(app["message"]) for app in applications.values() if app["status"] == "DEPLOY_FAILED"), None)
 
 
 def _row(result: StageResult) -> tuple[str, ...]:
@@ -222,8 +241,8 @@ The cluster and the endpoint keep running (storage root {storage_root()}).
 dashboard    {url}   (token: .venv/bin/ray get-auth-token)
 submit       .venv/bin/ray job submit --address {url} --runtime-env jobs/runtime_env.yaml -- \\
                python {first.job} --config {first.config} output=demo/evaluation_2
-ask          curl -N {_completions_url(config)} -H 'Content-Type: application/json' \\
-               -d '{{"prompt": "{config.prompt}", "max_tokens": 40, "stream": true}}'
+ask          curl -N {_url(config, "completions")} -H 'Content-Type: application/json' \\
+               -d '{{"model": "{_model_name(config)}", "prompt": "{config.prompt}", "max_tokens": 40, "stream": true}}'
 stop         make down""")
 
 

@@ -19,8 +19,10 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import yaml
 from pydantic import Field
 
 from powerhouse.artifacts import write_atomically
@@ -79,6 +81,14 @@ class LocalCluster:
         """
         if self.run(["serve", "deploy", str(serve_config), "--address", self.dashboard_url]) != 0:
             raise ClusterError(f"{serve_config}: not deployed", do="read Serve's answer above")
+
+    def serve_status(self) -> dict[str, Any]:
+        """Return what `serve status` tells."""
+        command = [_tool("serve"), "status", "--address", self.dashboard_url]
+        done = subprocess.run(command, env=_environment(self.cluster_id), capture_output=True, text=True)
+        if done.returncode != 0:
+            raise ClusterError("serve status failed", got=done.stderr.strip()[-500:])
+        return yaml.safe_load(done.stdout) or {}
 
     def run(self, command: Sequence[str]) -> int:
         """Run one of Ray's commands as this cluster's user would; it is ended if this process is interrupted."""

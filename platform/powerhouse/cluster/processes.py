@@ -93,8 +93,9 @@ def _listener(port: int) -> str | None:
 class PeakMemory:
     """While entered, samples the memory of all the cluster's processes; shared pages count once (PSS on Linux)."""
 
-    def __init__(self, cluster_id: str, interval_s: float = 1.0) -> None:
+    def __init__(self, cluster_id: str, interval_s: float = 2.0) -> None:
         self.peak_bytes = 0
+        self._is_member: dict[psutil.Process, bool] = {}  # asked once for each process: the answer cannot change
         self._cluster_id = cluster_id
         self._interval_s = interval_s
         self._stop = threading.Event()
@@ -110,7 +111,9 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stop.is_set():
-            total = sum(_memory_bytes(process) for process in find_processes(self._cluster_id))
+            for process in (living := set(psutil.process_iter())) - self._is_member.keys():
+                self._is_member[process] = _cluster_of(process) == self._cluster_id
+            total = sum(_memory_bytes(process) for process in living if self._is_member[process])
             self.peak_bytes = max(self.peak_bytes, total)
             self._stop.wait(self._interval_s)
 

@@ -14,7 +14,9 @@ from powerhouse.corpora.document import Markup
 _MIN_MAIN_SHARE = 0.05
 _NO_PROSE_TAGS = {"ref", "table", "gallery", "timeline", "math", "imagemap", "score", "syntaxhighlight", "source"}
 _NO_PROSE_LINK = re.compile(r"^\s*:?(file|image|category|media):", re.IGNORECASE)
-_TAIL_SECTION = re.compile(r"^==\s*(see also|references|notes|further reading|external links|bibliography)\s*==\s*$", re.I | re.M)
+_TAIL_SECTION = re.compile(
+    r"^==\s*(see also|references|notes|further reading|external links|bibliography)\s*==\s*$", re.I | re.M
+)
 _BLANK_LINES = re.compile(r"\n\s*\n+")
 
 

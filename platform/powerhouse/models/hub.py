@@ -39,9 +39,10 @@ def read_config(directory: Path) -> DecoderConfig:
         raise ModelFormatError(
             f"{directory / 'config.json'}: unknown architecture", got=values.get("model_type"), allowed="llama"
         )
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ModelFormatError(f"{directory}: unsupported rope scaling", got=rope_type, allowed="default")
+    rope = values.get("rope_parameters") or {}
+    for group in (rope, values.get("rope_scaling") or {}):
+        if (rope_type := group.get("rope_type", group.get("type", "default"))) != "default":
+            raise ModelFormatError(f"{directory}: unsupported rope scaling", got=rope_type, allowed="default")
     for name, wanted in _REQUIRED.items():
         if values.get(name, wanted) != wanted:
             raise ModelFormatError(f"{directory / 'config.json'}: {name} is not supported", got=values[name], allowed=wanted)
@@ -85,6 +86,18 @@ def load_decoder(
     return model.eval()
 
 
+def check_model(directory: Path) -> None:
+    """Make sure, by reading no more than headers, that `load_decoder` will find all that it needs.
+
+    Raises:
+        ModelFormatError: as `load_decoder` does.
+    """
+    config = read_config(directory)
+    with torch.device("meta"):
+        model = Decoder(config)
+    _locate(directory, config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
 def _read_tensors(
     directory: Path,
     config: DecoderConfig,
@@ -92,19 +105,26 @@ def _read_tensors(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Tensor]:
+    places = _locate(directory, config, wanted)
+    return {name: _read_tensor(path, source, device).to(dtype) for name, (path, source) in places.items()}
+
+
+def _locate(directory: Path, config: DecoderConfig, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Path, str]]:
+    """Find each tensor's file and its name there; its shape stands in the file's header."""
     files = _weight_files(directory)
-    state = {}
+    places = {}
     for name, shape in wanted.items():
         source = name
         if name == "lm_head.weight" and config.tie_word_embeddings:
             source = "model.embed_tokens.weight"
         if source not in files:
             raise ModelFormatError(f"{directory}: tensor {source} is missing", do="fetch or export the model again")
-        tensor = _read_tensor(files[source], source, device)
-        if tuple(tensor.shape) != shape:
-            raise ModelFormatError(f"{directory}: {source} has the wrong shape", got=tuple(tensor.shape), allowed=shape)
-        state[name] = tensor.to(dtype)
-    return state
+        with _open(files[source]) as file:
+            found = tuple(file.get_slice(source).get_shape())
+        if found != shape:
+            raise ModelFormatError(f"{directory}: {source} has the wrong shape", got=found, allowed=shape)
+        places[name] = files[source], source
+    return places
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:

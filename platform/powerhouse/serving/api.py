@@ -15,8 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from powerhouse.engine.request import Output, QueueFullError
-from powerhouse.errors import ClusterError, RequestError
+from powerhouse.engine import Output
+from powerhouse.errors import EngineError, QueueFullError, RequestError
 from powerhouse.serving.engine_loop import EngineLoop, Stream
 from powerhouse.serving.protocol import (
     Choice,
@@ -40,7 +40,7 @@ def make_api(engine_loop: EngineLoop, model_name: str) -> FastAPI:
     api.add_api_route("/v1/completions", routes.complete, methods=["POST"], response_model=None)
     api.add_api_route("/v1/models", routes.list_models)
     api.add_api_route("/health", routes.health)
-    for error_class in (RequestValidationError, RequestError, ClusterError):
+    for error_class in (RequestValidationError, RequestError, EngineError):
         api.add_exception_handler(error_class, _answer_error)
     return api
 
@@ -53,7 +53,7 @@ class _Routes:
 
     async def complete(self, request: CompletionRequest) -> Response:
         if request.model != self._model_name:
-            raise UnknownModelError("no such model", got=repr(request.model), allowed=self._model_name)
+            return _refuse_model(request.model, self._model_name)
         stream = await self._engine_loop.submit(request.prompt, request.sampling_params)
         answer = Answer(stream, self._model_name)
         if request.stream:
@@ -97,7 +97,7 @@ class Answer:
                     yield _event(chunk.model_dump_json(exclude=exclude))
             if wants_usage:
                 yield _event(self._completion([], usage=_usage(output)).model_dump_json())
-        except ClusterError as error:  # the status line is gone: the error goes where the rest would have been
+        except EngineError as error:  # the status line is gone: the error goes where the rest would have been
             yield _event(ErrorBody(error=_detail(error)).model_dump_json())
         yield _event("[DONE]")
 
@@ -121,29 +121,25 @@ class EventStreamResponse(StreamingResponse):
             self._stream.close()
 
 
-class UnknownModelError(RequestError):
-    pass
+def _refuse_model(name: str, served: str) -> Response:
+    message = f"no such model; got: {name!r}; allowed: {served}"
+    detail = ErrorDetail(message=message, type="invalid_request_error", param="model", code="model_not_found")
+    return JSONResponse(ErrorBody(error=detail).model_dump(), status_code=404)
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, QueueFullError | ClusterError) else None
-    body = ErrorBody(error=_detail(error))
-    return JSONResponse(body.model_dump(), status_code=_status(error), headers=headers)
-
-
-def _status(error: Exception) -> int:
-    statuses = {UnknownModelError: 404, QueueFullError: 429, ClusterError: 503}
-    return next((status for kind, status in statuses.items() if isinstance(error, kind)), 400)
+    statuses = {QueueFullError: 429, EngineError: 503}
+    status = next((status for kind, status in statuses.items() if isinstance(error, kind)), 400)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status != 400 else None
+    return JSONResponse(ErrorBody(error=_detail(error)).model_dump(), status_code=status, headers=headers)
 
 
 def _detail(error: Exception) -> ErrorDetail:
     if isinstance(error, RequestValidationError):
         return explain(error.errors())
-    if isinstance(error, UnknownModelError):
-        return ErrorDetail(message=str(error), type="invalid_request_error", param="model", code="model_not_found")
     if isinstance(error, QueueFullError):
         return ErrorDetail(message=str(error), type="rate_limit_error", code="queue_full")
-    if isinstance(error, ClusterError):
+    if isinstance(error, EngineError):
         return ErrorDetail(message=str(error), type="server_error", code="engine_stopped")
     return ErrorDetail(message=str(error), type="invalid_request_error")
 

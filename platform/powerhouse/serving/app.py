@@ -8,15 +8,15 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 
 from powerhouse.config import validate
+from powerhouse.models.hub import check_model
 from powerhouse.serving.api import RETRY_AFTER_S
 from powerhouse.serving.config import ServingConfig, to_actor_options
 from powerhouse.serving.replica import PipelineReplica
+from powerhouse.tokenizer import Tokenizer
 
-# What a Serve file's `deployments` may override. A model that does not load on the first try never will, so there is
-# no second one; a generation may take minutes, so a replica that is to stop has them.
+# What a Serve file's `deployments` may override. A generation may take minutes, so a replica that is to stop has them.
 _DEFAULTS: dict[str, Any] = {
     "name": "PipelineReplica",
-    "max_constructor_retry_count": 1,
     "max_queued_requests": 128,
     "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
     "graceful_shutdown_timeout_s": 300,
@@ -29,10 +29,16 @@ _DEFAULTS: dict[str, Any] = {
 def build(args: dict[str, Any]) -> serve.Application:
     """Make the application from the `args` of a Serve file: the fields of `ServingConfig`.
 
+    The model directory is checked here, before Serve touches a replica: a bad one fails the deployment once and at once,
+    and leaves what was deployed before it running.
+
     Raises:
         ConfigError: a field is unknown, missing or out of range.
+        ModelFormatError: the model directory is missing or damaged.
     """
     config = validate(ServingConfig, args, "args of the Serve application")
+    check_model(config.model)
+    Tokenizer.load(config.model)
     bundles = config.bundles
     deployment = serve.deployment(
         serve.ingress()(PipelineReplica),

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from powerhouse.config import Config, StoragePath
-from powerhouse.engine.engine import EngineConfig
+from powerhouse.engine import EngineConfig
 
 Resources = dict[str, float]
 
@@ -22,9 +22,9 @@ class ServingConfig(Config):
     """The name that requests give as `model`."""
     engine: EngineConfig = EngineConfig()
     """Batching, cache, precision and number of stages of one replica."""
-    replica_resources: Resources = {"CPU": 1, "serve": 0.001}
+    replica_resources: Resources = Field(default={"CPU": 1, "serve": 0.001})
     """What Ray sets aside for a replica's HTTP, tokenizer and scheduler."""
-    stage_resources: Resources = {"CPU": 1, "serve": 0.001}
+    stage_resources: Resources = Field(default={"CPU": 1, "serve": 0.001})
     """What Ray sets aside for each stage; {"GPU": 1, "serve": 0.001} puts it on a GPU."""
     startup_timeout_s: float = Field(default=300, gt=0)
     """How long the stages of a replica may take to load their layers."""

@@ -10,13 +10,13 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 
-from powerhouse.engine.engine import Engine
-from powerhouse.engine.request import Output, SamplingParams
-from powerhouse.errors import ClusterError, RequestError
+from powerhouse.engine import Engine, Output, SamplingParams
+from powerhouse.errors import EngineError, RequestError
 from powerhouse.telemetry import Gauge, make_logger
 
 _GAUGES = {
@@ -47,7 +47,7 @@ class EngineLoop:
 
         Raises:
             RequestError: it can never be served, or too many are waiting.
-            ClusterError: the engine has stopped.
+            EngineError: the engine has stopped.
         """
         stream = Stream(self)
         self._inbox.put(partial(self._admit, stream, prompt, params))
@@ -65,22 +65,23 @@ class EngineLoop:
         self._inbox.put(partial(self._drop, request_id))
 
     def check(self) -> None:
-        """Raise ClusterError if the engine has stopped."""
+        """Raise EngineError if the engine has stopped."""
         if self._failure is not None:
             raise _stopped(self._failure)
 
     def stop(self) -> None:
-        """End the thread and close the engine; requests that are under way get a ClusterError."""
+        """End the thread and close the engine; requests that are under way get a EngineError."""
         self._inbox.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        failure: Exception = ClusterError("it was shut down")
+        failure: Exception = EngineError("it was shut down")
         try:
             while self._obey():
-                for output in self._engine.step():
-                    self._deliver(output)
+                outputs = self._engine.step()
                 self._record_stats()
+                for output in outputs:
+                    self._deliver(output)
         except Exception as error:  # a thread has no caller: the requests, check() and the log learn of it
             self._log.exception("the engine failed")
             failure = error
@@ -161,7 +162,8 @@ class Stream:
 
     def push(self, item: Output | Exception | None) -> None:
         """Hand over the next output, the error that ends the stream, or None for "taken"; from any thread."""
-        self._event_loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        with suppress(RuntimeError):  # the event loop is closed: the reader is gone, which must not harm the others
+            self._event_loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def taken(self) -> None:
         if isinstance(item := await self._queue.get(), Exception):
@@ -171,7 +173,7 @@ class Stream:
         """Yield what is there as soon as it is there.
 
         Raises:
-            ClusterError: the engine stopped before the end.
+            EngineError: the engine stopped before the end.
         """
         while not self._has_ended:
             item = await self._queue.get()
@@ -187,7 +189,7 @@ class Stream:
             self._engine_loop.abort(self.request_id)
 
 
-def _stopped(cause: Exception) -> ClusterError:
-    return ClusterError(
+def _stopped(cause: Exception) -> EngineError:
+    return EngineError(
         "the engine of this replica has stopped", got=cause, do="try again: another replica or its successor answers"
     )

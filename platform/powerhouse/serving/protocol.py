@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from powerhouse.engine.request import SamplingParams
+from powerhouse.engine import SamplingParams
 
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
 

@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 from fastapi import FastAPI
 
-from powerhouse.engine.engine import Engine
-from powerhouse.engine.runner import PipelineRunner
+from powerhouse.engine import Engine, PipelineRunner
 from powerhouse.models.hub import read_config
 from powerhouse.serving.api import make_api
 from powerhouse.serving.config import ServingConfig
@@ -29,7 +28,7 @@ class PipelineReplica:
         engine = Engine.from_directory(config.model, config.engine) if config.engine.num_stages == 1 else self._start()
         self._engine_loop = EngineLoop(engine, make_recorder())
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - the name under which Serve asks for it
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self._engine_loop, self._config.model_name)
 
     def check_health(self) -> None:

@@ -14,15 +14,14 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from powerhouse.engine.engine import EngineConfig
-from powerhouse.engine.runner import PipelineRunner, run_stage
-from powerhouse.errors import ClusterError
+from powerhouse.engine import EngineConfig, PipelineRunner, run_stage
+from powerhouse.errors import EngineError
 from powerhouse.serving.config import Resources, to_actor_options
 
 
 class StageActor:
     def run(self, *args: Any) -> None:
-        """Serve one stage until the driver ends it or is gone; see `engine.runner.run_stage`."""
+        """Serve one stage until the driver ends it or is gone; see `engine.run_stage`."""
         run_stage(*args)
 
 
@@ -46,9 +45,7 @@ class Stages:
             actor = actor_class.options(scheduling_strategy=strategy, **to_actor_options(resources)).remote()
             actors.append(actor)
             sentinels.append(
-                actor.run.remote(
-                    rank, config.num_stages, model, config, runner.address, runner.store_port, runner.secret
-                )
+                actor.run.remote(rank, config.num_stages, model, config, runner.address, runner.store_port, runner.secret)
             )
         return cls(actors, sentinels)
 
@@ -56,9 +53,9 @@ class Stages:
         """Raise what ended a stage, if one ends within `wait_s`.
 
         Raises:
-            ClusterError: it ended without an error of its own, or its process died.
+            EngineError: it ended without an error of its own, or its process died.
         """
         ended, _ = ray.wait(self.sentinels, timeout=wait_s)
         if ended:
             ray.get(ended)
-            raise ClusterError("a pipeline stage has ended", got=f"stage {self.sentinels.index(ended[0])}")
+            raise EngineError("a pipeline stage has ended", got=f"stage {self.sentinels.index(ended[0])}")

@@ -1,0 +1,123 @@
+"""Near and exact duplicates by MinHash (Broder 1997) and locality-sensitive hashing; pure functions over arrays.
+
+Shapes: N documents, P permutations, B bands of V values each, K = 1 + B keys of a document.
+
+Two documents are candidates when one band of their signatures is equal, or their whole text; with 14 bands of 8 that finds
+92% of the pairs with Jaccard similarity 0.8 and 5% of those with 0.5. A candidate is removed only if its own similarity
+to a document that is kept reaches the threshold: never by a chain of others, which on text with shared templates removes almost
+everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import rensa
+import xxhash
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+NUM_PERMUTATIONS = 112
+NUM_BANDS = 14
+_NGRAM_WORDS = 5
+_SEED = 1
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+U64 = npt.NDArray[np.uint64]
+Signatures = npt.NDArray[np.uint32]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """A document to remove: numbers of it and of the kept one, and the estimated similarity of the two."""
+
+    removed: int
+    kept: int
+    similarity: float
+    is_exact: bool
+
+
+def shingles(words: list[str]) -> list[str]:
+    """Give the runs of 5 words; a shorter text is one run."""
+    last = max(1, len(words) - _NGRAM_WORDS + 1)
+    return [" ".join(words[start : start + _NGRAM_WORDS]) for start in range(last)]
+
+
+def signature(words: list[str]) -> Signatures:
+    """Give the MinHash of the text's shingles, [P]."""
+    sketch = rensa.RMinHash(num_perm=NUM_PERMUTATIONS, seed=_SEED)
+    sketch.update(shingles(words))
+    return np.array(sketch.digest(), dtype=np.uint32)
+
+
+def text_hash(words: list[str]) -> int:
+    """Give the hash by which texts are exactly the same: letter case, punctuation and white space do not count."""
+    return xxhash.xxh3_64_intdigest(" ".join(words).encode())
+
+
+def similarity(signatures_NP: Signatures, others_NP: Signatures) -> npt.NDArray[np.float64]:
+    """Estimate the Jaccard similarities, [N]; standard error at most 0.5 / sqrt(P) = 0.047."""
+    return np.asarray((signatures_NP == others_NP).mean(axis=-1))
+
+
+def band_keys(signatures_NP: Signatures) -> U64:
+    """Hash each band with its number, [N, B]: equal keys mark candidates."""
+    num_documents = len(signatures_NP)
+    bands_NBV = signatures_NP.reshape(num_documents, NUM_BANDS, NUM_PERMUTATIONS // NUM_BANDS).astype(np.uint64)
+    keys_NB = np.broadcast_to(np.arange(NUM_BANDS, dtype=np.uint64) * _MIX, (num_documents, NUM_BANDS)).copy()
+    for value in range(bands_NBV.shape[2]):
+        keys_NB = (keys_NB ^ bands_NBV[:, :, value]) * _MIX
+        keys_NB ^= keys_NB >> np.uint64(29)
+    return keys_NB
+
+
+def find_duplicates(signatures_NP: Signatures, hashes_N: U64, lengths_N: Indices, threshold: float) -> list[Duplicate]:
+    """Give what to remove of N documents with these signatures, text hashes and lengths."""
+    left, right = candidates(np.concatenate([hashes_N[:, None], band_keys(signatures_NP)], axis=1))
+    groups = clusters(len(hashes_N), left, right)
+    return [found for group in groups for found in choose(group, signatures_NP, hashes_N, lengths_N, threshold)]
+
+
+def candidates(keys_NK: U64) -> tuple[Indices, Indices]:
+    """Join the documents that share a key in one of the columns; the work of one column needs no other."""
+    pairs = []
+    for keys_N in keys_NK.T:
+        documents = np.argsort(keys_N, kind="stable")
+        pairs.append(edges(keys_N[documents], documents))
+    return np.concatenate([left for left, _ in pairs]), np.concatenate([right for _, right in pairs])
+
+
+def edges(sorted_keys: U64, documents: Indices) -> tuple[Indices, Indices]:
+    """Join each document to the first one with the same key: a star per key. The keys come sorted."""
+    is_first = np.concatenate([[True], sorted_keys[1:] != sorted_keys[:-1]])[: len(sorted_keys)]
+    first_of_row = np.flatnonzero(is_first)[np.cumsum(is_first) - 1]
+    return documents[first_of_row[~is_first]], documents[~is_first]
+
+
+def clusters(num_documents: int, left: Indices, right: Indices) -> list[Indices]:
+    """Give the connected components with more than one document, each as ascending numbers."""
+    if not len(left):
+        return []
+    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(num_documents, num_documents))
+    _, labels = connected_components(graph, directed=False)
+    order = np.argsort(labels, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return [group for group in groups if len(group) > 1]
+
+
+def choose(members: Indices, signatures_NP: Signatures, hashes: U64, lengths: Indices, threshold: float) -> list[Duplicate]:
+    """Keep the longest member, the first of equals, and remove those like it; then the same among what is left."""
+    left = members[np.lexsort((members, -lengths[members]))]
+    removed: list[Duplicate] = []
+    while len(left) > 1:
+        kept, rest = int(left[0]), left[1:]
+        estimate = similarity(signatures_NP[rest], signatures_NP[kept])
+        is_exact = hashes[rest] == hashes[kept]
+        is_removed = is_exact | (estimate >= threshold)
+        found = zip(rest[is_removed], estimate[is_removed], is_exact[is_removed], strict=True)
+        removed += [Duplicate(int(number), kept, float(value), bool(exact)) for number, value, exact in found]
+        left = rest[~is_removed]
+    return removed

@@ -1,0 +1,98 @@
+"""What a curation run did, in numbers and a few samples: plain values for report.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from powerhouse.corpora.process import BAD_FILE
+from powerhouse.corpora.verdict import Verdicts
+
+_NUM_PAIRS = 8
+_NUM_REJECTS_PER_REASON = 2
+_SNIPPET_CHARS = 300
+
+
+def sampled_rows(verdicts: Verdicts) -> list[int]:
+    """Give the rows of the index whose text the report shows."""
+    pairs = [row for found in _sample_pairs(verdicts) for row in (found.kept, found.removed)]
+    return sorted({*pairs, *(row for rows in _sample_rejects(verdicts).values() for row in rows)})
+
+
+def make_report(verdicts: Verdicts, texts: Mapping[int, str]) -> dict[str, Any]:
+    """Put the whole report together; `texts` maps the rows of `sampled_rows` to their text."""
+    index = verdicts.index
+    return {
+        "sources": {name: _funnel(index.filter(pc.equal(index["source"], name))) for name in _distinct(index["source"])},
+        "total": _funnel(index),
+        "personal_data": {kind: pc.sum(index[f"num_{kind}"]).as_py() for kind in ("emails", "phones", "ips")},
+        "duplicates": _describe_duplicates(verdicts, texts),
+        "rejects": {
+            reason: [_place(index, row) | {"detail": index["detail"][row].as_py(), "text": _cut(texts[row])} for row in rows]
+            for reason, rows in _sample_rejects(verdicts).items()
+        },
+        "bad_files": _bad_files(index),
+    }
+
+
+def _funnel(index: pa.Table) -> dict[str, Any]:
+    counts = Counter(reason for reason in index["reason"].to_pylist() if reason is not None)
+    out: dict[str, Any] = {"documents": index.num_rows, "chars": pc.sum(index["num_chars"]).as_py()}
+    out["removed"] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    for split in ("train", "heldout"):
+        part = index.filter(pc.equal(index["split"], split))
+        out[split] = {"documents": part.num_rows, "chars": pc.sum(part["num_chars"]).as_py() or 0}
+    return out
+
+
+def _describe_duplicates(verdicts: Verdicts, texts: Mapping[int, str]) -> dict[str, Any]:
+    sizes = Counter(Counter(found.kept for found in verdicts.duplicates).values())
+    return {
+        "exact": sum(found.is_exact for found in verdicts.duplicates),
+        "near": sum(not found.is_exact for found in verdicts.duplicates),
+        "clusters_by_size": {str(size + 1): count for size, count in sorted(sizes.items())},
+        "pairs": [
+            {
+                "similarity": round(found.similarity, 3),
+                "kept": _place(verdicts.index, found.kept) | {"text": _cut(texts[found.kept])},
+                "removed": _place(verdicts.index, found.removed) | {"text": _cut(texts[found.removed])},
+            }
+            for found in _sample_pairs(verdicts)
+        ],
+    }
+
+
+def _sample_pairs(verdicts: Verdicts) -> list[Any]:
+    """The least similar pairs first: those are the ones to look at."""
+    return sorted(verdicts.duplicates, key=lambda found: (found.similarity, found.removed))[:_NUM_PAIRS]
+
+
+def _sample_rejects(verdicts: Verdicts) -> dict[str, list[int]]:
+    """The documents of each reason with the lowest ids, which are hashes: a random choice that is the same on every run."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    ids = verdicts.index["doc_id"].to_pylist()
+    for row, reason in enumerate(verdicts.index["reason"].to_pylist()):
+        if reason is not None:
+            rows.setdefault(reason, []).append((ids[row], row))
+    return {reason: [row for _, row in sorted(found)[:_NUM_REJECTS_PER_REASON]] for reason, found in sorted(rows.items())}
+
+
+def _bad_files(index: pa.Table) -> list[dict[str, str]]:
+    bad = index.filter(pc.equal(index["reason"], BAD_FILE)).select(["source", "path", "detail"])
+    return list({(row["source"], row["path"]): row for row in bad.to_pylist()}.values())
+
+
+def _place(index: pa.Table, row: int) -> dict[str, Any]:
+    return {name: index[name][row].as_py() for name in ("source", "path", "doc_id")}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SNIPPET_CHARS else text[:_SNIPPET_CHARS] + "…"
+
+
+def _distinct(column: pa.ChunkedArray) -> list[str]:
+    return list(dict.fromkeys(column.to_pylist()))

@@ -1,0 +1,78 @@
+"""The plan of one step, flat: what every stage needs to compute it and nothing it would have to decide.
+
+It crosses process borders, so it is numbers only and travels as msgpack; no pickle is ever read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgpack
+
+from powerhouse.engine.request import Request
+from powerhouse.engine.sampler import RowSampling, draw_uniform
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Tokens of several sequences, one after the other: T tokens, N sequences, B of which get a new token."""
+
+    token_ids: tuple[int, ...]
+    """[T]"""
+    positions: tuple[int, ...]
+    """[T] from 0 at each sequence's start."""
+    slots: tuple[int, ...]
+    """[T] where in the KV cache each token's key and value go: block x block size + offset."""
+    query_lengths: tuple[int, ...]
+    """[N] tokens of each sequence in this batch; they are the last of its context."""
+    block_tables: tuple[tuple[int, ...], ...]
+    """[N] the blocks of each sequence's context, in order."""
+    sampled_rows: tuple[int, ...]
+    """[B] the rows of T after which a token is chosen."""
+    sampling: tuple[RowSampling, ...]
+    """[B]"""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def to_bytes(self) -> bytes:
+        packed: bytes = msgpack.packb([getattr(self, field.name) for field in dataclasses.fields(self)])
+        return packed
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ForwardBatch:
+        batch = cls(*msgpack.unpackb(data, use_list=False))
+        return dataclasses.replace(batch, sampling=tuple(RowSampling(*row) for row in batch.sampling))
+
+
+def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatch:
+    """Lay out the scheduled tokens; a request whose last token is among them gets a new one."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    tables, rows, sampling = [], [], []
+    for request, num_tokens in scheduled.items():
+        start, stop = request.num_computed, request.num_computed + num_tokens
+        token_ids += request.token_ids[start:stop]
+        positions += range(start, stop)
+        slots += (request.blocks[i // block_size] * block_size + i % block_size for i in range(start, stop))
+        tables.append(tuple(request.blocks[: -(-stop // block_size)]))
+        if will_sample(request, num_tokens):
+            rows.append(len(token_ids) - 1)
+            sampling.append(_row_sampling(request))
+    return ForwardBatch(
+        tuple(token_ids), tuple(positions), tuple(slots), tuple(scheduled.values()), tuple(tables), tuple(rows), tuple(sampling)
+    )
+
+
+def will_sample(request: Request, num_tokens: int) -> bool:
+    return request.num_missing == num_tokens
+
+
+def _row_sampling(request: Request) -> RowSampling:
+    params = request.params
+    uniform = draw_uniform(request.seed, request.num_output_tokens)
+    return RowSampling(float(params.temperature), params.top_k, float(params.top_p), uniform)

@@ -1,0 +1,40 @@
+"""The engine's settings."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from powerhouse.config import Config
+from powerhouse.device import DeviceName, DtypeName
+
+
+class EngineConfig(Config):
+    """How a model is held and how much is computed at a time; the same for every stage of a pipeline."""
+
+    dtype: DtypeName = "float32"
+    """Precision of weights, activations and KV cache."""
+    device: DeviceName = "auto"
+    """Where each stage computes."""
+    num_stages: int = Field(default=1, gt=0)
+    """Pipeline stages the layers are cut into, each a process of its own; 1 computes in the engine's process."""
+    num_threads: int | None = Field(default=None, gt=0)
+    """CPU threads of each process that computes; torch's own choice (all cores) where left out."""
+    block_size: int = Field(default=16, gt=0)
+    """Tokens in a block of the KV cache."""
+    num_blocks: int = Field(default=512, gt=0)
+    """Blocks in the KV cache; its tokens are num_blocks x block_size, on every stage for that stage's layers."""
+    max_num_seqs: int = Field(default=32, gt=0)
+    """Requests that compute at the same time, over all stages together."""
+    max_num_batched_tokens: int = Field(default=512, gt=0)
+    """Tokens in one batch; a longer prompt is computed in chunks."""
+    max_waiting_requests: int = Field(default=1024, gt=0)
+    """Requests that may wait for their turn; one more is refused."""
+    max_model_len: int | None = Field(default=None, gt=0)
+    """Longest prompt and answer together, in tokens; the model's own context where left out."""
+
+    @model_validator(mode="after")
+    def _every_request_decodes_each_step(self) -> EngineConfig:
+        tokens, requests = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens < requests:
+            raise ValueError(f"max_num_batched_tokens at least max_num_seqs, not {tokens} and {requests}")
+        return self

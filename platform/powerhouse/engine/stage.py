@@ -1,0 +1,79 @@
+"""A run of layers and their part of the KV cache: what computes. It takes no decisions, the batch carries them all.
+
+Shapes: T tokens, C model width, B rows that get a new token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from powerhouse.device import choose_device, to_dtype
+from powerhouse.engine.attention import PagedAttention, PagedCache
+from powerhouse.engine.batch import ForwardBatch
+from powerhouse.engine.sampler import sample
+from powerhouse.engine.settings import EngineConfig
+from powerhouse.errors import ConfigError
+from powerhouse.models.decoder import Decoder
+from powerhouse.models.hub import load_decoder, read_config
+
+
+class Stage:
+    """The layers of `decoder`, which may be a slice of a model, with their keys and values."""
+
+    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
+        weight = next(decoder.parameters())
+        self.is_first, self.is_last = decoder.is_first, decoder.is_last
+        self.width = decoder.config.hidden_size
+        self.dtype, self.device = weight.dtype, weight.device
+        self.decoder = decoder
+        self._cache = PagedCache(decoder.config, decoder.layers, config.num_blocks, config.block_size, self.dtype, self.device)
+
+    @classmethod
+    def load(cls, directory: Path, config: EngineConfig, rank: int = 0) -> Stage:
+        """Load the layers of stage `rank` of config.num_stages, and no others.
+
+        Raises:
+            ModelFormatError: the directory is missing or damaged.
+            ConfigError: there are fewer layers than stages, or no such device.
+        """
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        layers = split_layers(read_config(directory).num_hidden_layers, config.num_stages)[rank]
+        device = choose_device(config.device)
+        return cls(load_decoder(directory, layers=layers, dtype=to_dtype(config.dtype), device=device), config)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, hidden_TC: Tensor | None = None) -> Tensor:
+        """Run the batch's tokens (first stage) or the hidden states from the stage before through the layers: [T, C]."""
+        assert (hidden_TC is None) == self.is_first, "hidden states come from the stage before, if there is one"
+        x = torch.tensor(batch.token_ids, device=self.device) if hidden_TC is None else hidden_TC
+        positions_T = torch.tensor(batch.positions, device=self.device)
+        return self.decoder.transform(x, positions_T, PagedAttention(self._cache, batch))
+
+    @torch.inference_mode()
+    def sample(self, batch: ForwardBatch, hidden_TC: Tensor) -> list[int]:
+        """Choose the new tokens from the last stage's hidden states: [B]."""
+        assert self.is_last, "only the last stage has the vocabulary"
+        if not batch.sampled_rows:
+            return []
+        logits_BV = self.decoder.project(hidden_TC[list(batch.sampled_rows)])
+        return sample(logits_BV, batch.sampling)
+
+
+def split_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Cut the layers into consecutive runs of equal length; where it does not come out even, the first ones have one more.
+
+    Raises:
+        ConfigError: there are more stages than layers.
+    """
+    if num_stages > num_layers:
+        raise ConfigError(
+            "more pipeline stages than layers", got=num_stages, allowed=f"1 to {num_layers}", do="lower num_stages"
+        )
+    short, num_longer = divmod(num_layers, num_stages)
+    starts = [i * short + min(i, num_longer) for i in range(num_stages + 1)]
+    return [range(start, stop) for start, stop in pairwise(starts)]

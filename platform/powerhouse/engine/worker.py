@@ -1,0 +1,109 @@
+"""A stage's process: connect, load, compute until the driver hangs up.
+
+Shapes: T tokens of a batch, C model width.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but torch does not mark it so
+
+from powerhouse.engine import wire
+from powerhouse.engine.batch import ForwardBatch
+from powerhouse.engine.settings import EngineConfig
+from powerhouse.engine.stage import Stage
+
+_NEIGHBOUR_TIMEOUT = timedelta(minutes=10)
+
+
+def run_stage(
+    rank: int,
+    num_stages: int,
+    model_path: Path,
+    config: EngineConfig,
+    address: tuple[str, int],
+    store_port: int,
+    secret: bytes,
+) -> None:
+    """Be stage `rank` of the pipeline whose driver listens at `address`; returns when the driver closes it or is gone.
+
+    An error is told to the driver and raised.
+    """
+    assert num_stages == config.num_stages, f"{num_stages} stages started, {config.num_stages} configured"
+    with wire.connect(address, secret) as driver:
+        _use_interface_of(driver)
+        wire.send(driver, "rank", rank)
+        try:
+            stage = Stage.load(Path(model_path), config, rank)
+            neighbours = Neighbours(rank, num_stages, stage, (address[0], store_port))
+        except Exception as error:
+            wire.send(driver, "failed", f"{type(error).__name__}: {error}")
+            raise
+        wire.send(driver, "ready", rank)
+        try:
+            _compute(stage, neighbours, driver)
+        except (EOFError, ConnectionError):
+            return  # the driver hung up
+        finally:
+            neighbours.close()
+
+
+class Neighbours:
+    """The stages before and after this one."""
+
+    def __init__(self, rank: int, num_stages: int, stage: Stage, store_address: tuple[str, int]) -> None:
+        self._rank = rank
+        self._width, self._dtype, self._device = stage.width, stage.dtype, stage.device
+        self._sending: tuple[dist.Work, Tensor] | None = None
+        store = TCPStore(*store_address, is_master=False, timeout=_NEIGHBOUR_TIMEOUT)
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_stages, timeout=_NEIGHBOUR_TIMEOUT)
+
+    def receive(self, num_tokens: int) -> Tensor:
+        """Wait for [T, C] from the stage before."""
+        hidden_TC = torch.empty(num_tokens, self._width, dtype=self._dtype, device=self._device)
+        dist.recv(hidden_TC, self._rank - 1)
+        return hidden_TC
+
+    def send(self, hidden_TC: Tensor) -> None:
+        """Start sending [T, C] to the stage after, when what was sent before has gone."""
+        if self._sending:
+            self._sending[0].wait()
+        work = dist.isend(hidden_TC, self._rank + 1)
+        assert work is not None, "this process is a rank of the group"
+        self._sending = work, hidden_TC
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def _use_interface_of(driver: Connection) -> None:
+    """Let the neighbours talk over the network that reaches the driver, unless the environment names another one.
+
+    By default gloo takes the address that the host's name resolves to, which on many machines is a loopback one.
+    """
+    with wire.socket_of(driver) as channel:
+        address = channel.getsockname()[0]
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _compute(stage: Stage, neighbours: Neighbours, driver: Connection) -> None:
+    while True:
+        batch = ForwardBatch.from_bytes(driver.recv_bytes())
+        received_TC = None if stage.is_first else neighbours.receive(batch.num_tokens)
+        hidden_TC = stage.forward(batch, received_TC)
+        if stage.is_last:
+            wire.send(driver, "tokens", stage.sample(batch, hidden_TC))
+        else:
+            neighbours.send(hidden_TC)

@@ -1,0 +1,154 @@
+"""Training as a job: Ray Train starts, watches and replaces the workers. [Ray]
+
+All that a run needs to go on lies in its own folder; nothing is left to Ray's records.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import ray.exceptions
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchTrainer, get_device
+from ray.util.metrics import Gauge as RayGauge
+
+from powerhouse import artifacts
+from powerhouse.artifacts import Artifact, Counts
+from powerhouse.corpora.shards import TokenRows
+from powerhouse.errors import ClusterError, PowerhouseError, TrainingError
+from powerhouse.models.decoder import Decoder
+from powerhouse.models.hub import save_decoder
+from powerhouse.session import connect
+from powerhouse.telemetry import Gauge, read_metrics
+from powerhouse.tokenizer import Tokenizer
+from powerhouse.training import checkpoint
+from powerhouse.training.config import TrainingConfig, check
+from powerhouse.training.data import RowOrder, places_of, to_batch
+from powerhouse.training.loop import CHECKPOINTS, METRICS, train
+from powerhouse.training.objectives import Batch, causal_language_model
+from powerhouse.training.optim import make_optimizer
+from powerhouse.training.sharding import gather_state, shard
+
+ROWS = "rows"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def train_model(config: TrainingConfig) -> Artifact:
+    """Train, or go on from the last checkpoint of the same run; leave a Hugging Face model directory.
+
+    Raises:
+        ConfigError: the settings do not fit each other or the tokens.
+        TrainingError: the loss is not a number, or workers were lost more often than `run.max_failures`.
+    """
+    tokens = Artifact.open(config.tokens, "tokens")
+    check(config, tokens)
+    settings = config.model_dump(mode="json", exclude={"tokens", "output", "run"})
+    make = partial(_make, config=config, context=int(tokens.manifest.counts["row_length"]) - 1)
+    return artifacts.produce(config.output, "model", settings, {"tokens": tokens}, make, can_resume=True)
+
+
+def _make(folder: Path, config: TrainingConfig, context: int) -> Counts:
+    _run_workers(config)
+    Tokenizer.load(config.tokens).save(folder)
+    rows = read_metrics(folder / METRICS)
+    last = [row["loss"] for row in rows[-max(len(rows) // 10, 1) :]]
+    return {
+        "parameters": sum(parameter.numel() for parameter in _on_meta(config).parameters()),
+        "steps": config.num_steps,
+        "tokens_seen": config.num_steps * config.global_batch_rows * context,
+        "final_loss": round(sum(last) / len(last), 4),
+    }
+
+
+def _on_meta(config: TrainingConfig) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(config.model)
+
+
+def _run_workers(config: TrainingConfig) -> None:
+    """Run `work` on every worker; lost workers are replaced, and the new group goes on from the last checkpoint."""
+    connect()
+    run = config.run
+    scaling = ray.train.ScalingConfig(
+        num_workers=run.num_workers,
+        use_gpu=run.use_gpu,
+        resources_per_worker={"CPU": run.cpus_per_worker, "train": 0.001, **({"GPU": 1} if run.use_gpu else {})},
+    )
+    with tempfile.TemporaryDirectory(prefix="ray-train-") as own_records:  # Ray's state of the run is not what we resume from
+        trainer = TorchTrainer(
+            _work_or_tell,
+            train_loop_config={"config": config},
+            scaling_config=scaling,
+            run_config=ray.train.RunConfig(
+                name="run", storage_path=own_records, failure_config=ray.train.FailureConfig(max_failures=run.max_failures)
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _explain(error, run.max_failures) from error
+        except ray.exceptions.RayError as error:
+            raise ClusterError("the cluster was lost", got=error, do="run the job again when it is back") from error
+    if isinstance(result.return_value, PowerhouseError):
+        raise result.return_value
+
+
+def _explain(error: ray.train.TrainingFailedError, max_failures: int) -> PowerhouseError:
+    if isinstance(error, ray.train.ControllerError):
+        return ClusterError("the workers could not be started", got=error, do="see `ray status` for what is free")
+    return TrainingError(
+        f"workers failed {max_failures + 1} times", got=error, do="run the job again: it goes on from the last checkpoint"
+    )
+
+
+def _work_or_tell(arguments: dict[str, TrainingConfig]) -> PowerhouseError | None:
+    """Return our own errors instead of raising them: Ray would start new workers, which would meet the same error."""
+    try:
+        work(arguments["config"])
+    except PowerhouseError as error:
+        return error
+    return None
+
+
+def work(config: TrainingConfig) -> None:
+    """What each worker does, in a process group that is there already."""
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
+    model = Decoder(config.model)
+    model.initialise(config.seed)
+    shard(model, device, _DTYPES[config.precision])
+    optimizer = make_optimizer(model, config.optim)
+    start_step = checkpoint.latest_step(config.output / CHECKPOINTS)
+    if start_step:
+        checkpoint.load(config.output / CHECKPOINTS, start_step, model, optimizer)
+    batches = _read_batches(config, start_step, device)
+    train(model, optimizer, causal_language_model, batches, config, config.output, start_step, _ray_gauges())
+    state = gather_state(model)
+    if dist.get_rank() == 0:
+        save_decoder(config.output, config.model, state)
+
+
+def _read_batches(config: TrainingConfig, start_step: int, device: torch.device) -> Iterator[Batch]:
+    """This worker's rows of each step, read straight from the memory-mapped shards."""
+    rows = TokenRows(config.tokens / ROWS)
+    order = RowOrder(len(rows), config.seed)
+    for step in range(start_step, config.num_steps):
+        places = places_of(step, dist.get_rank(), dist.get_world_size(), config.global_batch_rows)
+        yield to_batch(rows.take(order.rows_at(places)), device)
+
+
+def _ray_gauges() -> Gauge:
+    gauges: dict[str, RayGauge] = {}
+
+    def set_gauge(name: str, value: float) -> None:
+        if name not in gauges:
+            gauges[name] = RayGauge(f"powerhouse_training_{name}", description=f"{name} of the newest training step")
+        gauges[name].set(value)
+
+    return set_gauge

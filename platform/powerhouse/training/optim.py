@@ -1,0 +1,34 @@
+"""AdamW and its learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from powerhouse.training.config import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Decay matrices only: a norm's weight has no reason to be small."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Rate of step 0 .. num_steps - 1: linear up over the warm-up, then half a cosine down to the final fraction."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(num_steps - 1 - config.warmup_steps, 1)
+    height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from powerhouse.corpora import dedup
+from powerhouse.corpora.report import make_report, sampled_rows
+from powerhouse.corpora.sources import SourceConfig, identify, list_files
+from powerhouse.corpora.verdict import decide, reject_bad_files
+from powerhouse.errors import ArtifactError, InputError
+
+
+def index_of(*changes: Mapping[str, Any]) -> pa.Table:
+    """One row for each change to a good document with words of its own."""
+    rows = []
+    for number, change in enumerate(changes):
+        words = [f"w{value}" for value in np.random.default_rng(number).integers(0, 9999, 200)]
+        row = {
+            "order": number, "doc_id": number << 60, "source": "s", "path": f"{number}.txt", "reason": None, "detail": None,
+            "num_chars": 1000, "num_emails": 1, "num_phones": 0, "num_ips": 2, "text_hash": dedup.text_hash(words),
+            "signature": dedup.signature(words).tobytes(),
+        } | dict(change)  # fmt: skip
+        rows.append(row)
+    strings = {"reason": pa.string(), "detail": pa.string(), "doc_id": pa.uint64(), "text_hash": pa.uint64()}
+    return pa.table({name: pa.array([row[name] for row in rows], type=strings.get(name)) for name in rows[0]})
+
+
+def test_the_split_is_by_the_hash_of_the_place_alone() -> None:
+    index = index_of(*[{} for _ in range(8)])
+    assert decide(index, 0.8, 0.25).index["split"].to_pylist() == ["heldout"] * 4 + ["train"] * 4
+    assert decide(index.slice(3), 0.8, 0.25).index["split"].to_pylist() == ["heldout"] + ["train"] * 4
+
+
+def test_a_duplicate_goes_and_tells_of_what_and_how_alike() -> None:
+    index = index_of({}, {}, {})
+    twin = {name: index[name][1].as_py() for name in ("text_hash", "signature")}
+    verdicts = decide(index_of({}, {}, twin | {"num_chars": 10}), 0.8, 0)
+    assert verdicts.index["reason"].to_pylist() == [None, None, "exact_duplicate"]
+    assert verdicts.index["detail"][2].as_py() == f"1.00 like {1 << 60}"
+    near = decide(index_of({}, {}, twin | {"num_chars": 10, "text_hash": 5}), 0.8, 0)
+    assert near.index["reason"].to_pylist() == [None, None, "near_duplicate"]
+
+
+def test_a_rejected_document_is_no_reason_to_remove_its_twin() -> None:
+    index = index_of({}, {})
+    twin = {name: index[name][0].as_py() for name in ("text_hash", "signature")}
+    verdicts = decide(index_of({"reason": "language"}, twin), 0.8, 0)
+    assert verdicts.index["reason"].to_pylist() == ["language", None]
+
+
+def test_bad_files_above_the_share_fail_and_are_named() -> None:
+    index = index_of({}, {"reason": "bad_file", "detail": "/in/1.txt: not UTF-8"}, {})
+    with pytest.raises(
+        InputError, match=r"1 of 3 input files cannot be read:\n  /in/1.txt: not UTF-8\n.*max_bad_file_share=0.3"
+    ):
+        reject_bad_files(index, 3, 0.3)
+
+
+def test_bad_files_within_the_share_take_all_their_documents_with_them() -> None:
+    index = index_of({}, {"reason": "language", "path": "0.txt"}, {"reason": "bad_file", "detail": "why", "path": "0.txt"}, {})
+    final = reject_bad_files(index, 2, 0.5)
+    assert final["reason"].to_pylist() == ["bad_file", "bad_file", "bad_file", None]
+    assert final["detail"].to_pylist() == ["why", "why", "why", None]
+
+
+EMPTY = [
+    (
+        [{"reason": "language"}, {"reason": "symbols"}, {"reason": "language"}],
+        0.1,
+        "empty after filtering.*language 2, symbols 1",
+    ),
+    ([{"doc_id": 5}], 0.5, "no document for train.*1 documents, heldout_share=0.5"),
+    ([{"doc_id": 2**63}], 0.1, "no document for heldout"),
+]
+
+
+@pytest.mark.parametrize(("changes", "share", "message"), EMPTY)
+def test_an_empty_corpus_or_split_is_one_error(changes: list[dict[str, Any]], share: float, message: str) -> None:
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        decide(index_of(*changes), 0.8, share)
+
+
+def test_the_report_adds_up_and_shows_pairs_rejects_and_bad_files() -> None:
+    index = index_of({}, {}, {})
+    twin = {name: index[name][1].as_py() for name in ("text_hash", "signature")}
+    bad = {"reason": "bad_file", "detail": "why", "source": "other", "num_chars": 0}
+    verdicts = decide(index_of({}, {}, twin | {"num_chars": 10}, {"reason": "symbols"}, bad), 0.8, 0)
+    report = make_report(verdicts, {row: f"text {row}" for row in sampled_rows(verdicts)})
+    for funnel in (report["total"], *report["sources"].values()):
+        assert funnel["documents"] == sum(funnel["removed"].values()) + funnel["train"]["documents"]
+    assert report["total"]["removed"] == {"bad_file": 1, "exact_duplicate": 1, "symbols": 1}
+    assert report["personal_data"] == {"emails": 5, "phones": 0, "ips": 10}
+    assert (report["duplicates"]["exact"], report["duplicates"]["clusters_by_size"]) == (1, {"2": 1})
+    pair = report["duplicates"]["pairs"][0]
+    assert (pair["kept"]["text"], pair["removed"]["text"]) == ("text 1", "text 2")
+    assert report["rejects"]["symbols"][0]["text"] == "text 3"
+    assert report["bad_files"] == [{"source": "other", "path": "4.txt", "detail": "why"}]
+
+
+def test_files_are_listed_by_source_and_name(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/1.txt", "a/9.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    sources = [
+        SourceConfig(name="one", kind="book", path=tmp_path / "b"),
+        SourceConfig(name="two", kind="web", path=tmp_path / "a"),
+    ]
+    found = [(file.number, file.source, file.relative) for file in list_files(sources)]
+    assert found == [(0, "one", "1.txt"), (1, "one", "2.txt"), (2, "two", "9.html")]
+
+
+BAD_FOLDERS = [
+    ("missing", "**/*", "inputs: s: no such folder"),
+    ("empty", "**/*", "inputs: s: no file in .* matches"),
+    ("full", "*.html", r"no file in .* matches\n  got: glob '\*.html'"),
+    ("full", "*.pdf", "no reader for this kind of file"),
+]
+
+
+@pytest.mark.parametrize(("folder", "glob", "message"), BAD_FOLDERS)
+def test_a_missing_empty_or_unreadable_folder_is_one_error(tmp_path: Path, folder: str, glob: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.pdf").write_text("x")
+    with pytest.raises(InputError, match=message):
+        list_files([SourceConfig(name="s", kind="book", path=tmp_path / folder, glob=glob)])
+
+
+def test_a_folder_is_known_by_its_content_and_unfinished_texts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("one")
+    source = SourceConfig(name="s", kind="book", path=tmp_path / "in")
+    before = identify(source)
+    (tmp_path / "in" / "a.txt").write_text("two")
+    assert identify(source) != before
+    (tmp_path / "unfinished.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="unfinished"):
+        identify(source)

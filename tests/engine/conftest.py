@@ -1,0 +1,62 @@
+"""An engine over the tiny decoder, and the plainest way to generate as its yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from fakes import tiny_decoder, tiny_tokenizer
+from powerhouse.engine import Engine, EngineConfig, LocalRunner
+from powerhouse.engine.stage import Stage
+from powerhouse.models.attention import DenseCache
+from powerhouse.models.decoder import Decoder
+from powerhouse.tokenizer import Tokenizer
+
+MakeEngine = Callable[..., Engine]
+
+
+class SlottedRunner(LocalRunner):
+    """As many batches in flight as a pipeline would have, computed here when they are collected."""
+
+    def __init__(self, stage: Stage, num_slots: int) -> None:
+        super().__init__(stage)
+        self.num_slots = num_slots
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Decoder:
+    return tiny_decoder()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_engine(decoder: Decoder, tokenizer: Tokenizer) -> MakeEngine:
+    def make(num_slots: int = 1, **settings: object) -> Engine:
+        config = EngineConfig.model_validate(settings)
+        return Engine(decoder.config, tokenizer, config, SlottedRunner(Stage(decoder, config), num_slots))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def greedy_dense(decoder: Decoder) -> Callable[[Sequence[int], int], tuple[int, ...]]:
+    """Likeliest tokens by a loop over the whole row with a dense cache: no pages, no batch."""
+
+    @torch.inference_mode()
+    def generate(prompt: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+        cache, new, position, tokens = DenseCache(), list(prompt), 0, []
+        for _ in range(num_tokens):
+            positions = torch.arange(position, position + len(new))[None]
+            logits = decoder(torch.tensor([new]), positions, cache)
+            position += len(new)
+            new = [int(logits[0, -1].argmax())]
+            tokens += new
+        return tuple(tokens)
+
+    return generate

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fakes import write_tiny_model
+from powerhouse.engine import Completion, Engine, EngineConfig, Output, SamplingParams
+from powerhouse.errors import ConfigError, ModelFormatError, QueueFullError, RequestError
+from powerhouse.tokenizer import Tokenizer
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [8] * 21, [250, 3, 99, 4, 17, 2], [42], list(range(40, 71))]
+SEEDED = SamplingParams(max_tokens=12, temperature=1.2, top_k=50, top_p=0.95, seed=11, ignore_eos=True)
+
+MakeEngine = Callable[..., Engine]
+Texts = dict[str, Completion]
+
+
+def run(
+    engine: Engine, requests: Sequence[tuple[Sequence[int], SamplingParams]], aborts: dict[int, int] | None = None
+) -> Texts:
+    """All requests at once, request i aborted before step aborts[i]; each has ended exactly once and no block is held."""
+    pieces: dict[str, list[Output]] = {}
+    for i, (prompt, params) in enumerate(requests):
+        pieces[engine.add_request(prompt, params, str(i))] = []
+    step = 0
+    while engine.has_unfinished:
+        for i in [i for i, at in (aborts or {}).items() if at == step]:
+            engine.abort(str(i))
+        for output in engine.step():
+            pieces[output.request_id].append(output)
+        step += 1
+        assert step < 10_000, "the engine goes on for ever"
+    assert engine.stats()["kv_cache_usage"] == engine.stats()["num_running"] == engine.stats()["num_waiting"] == 0
+    return {name: join(outputs) for name, outputs in pieces.items()}
+
+
+def join(outputs: list[Output]) -> Completion:
+    ends = [output.finish_reason for output in outputs if output.finish_reason]
+    assert len(ends) == 1, f"ended {len(ends)} times"
+    assert outputs[-1].finish_reason == ends[0], "nothing comes after the end"
+    token_ids = tuple(token for output in outputs for token in output.token_ids)
+    assert outputs[-1].num_output_tokens == len(token_ids)
+    return Completion("".join(output.text for output in outputs), token_ids, ends[0], outputs[-1].num_prompt_tokens)
+
+
+def test_batched_greedy_is_the_plain_dense_loop(
+    make_engine: MakeEngine, greedy_dense: Callable[[Sequence[int], int], tuple[int, ...]]
+) -> None:
+    completions = list(make_engine().generate(PROMPTS, GREEDY))
+    assert [completion.token_ids for completion in completions] == [greedy_dense(prompt, 12) for prompt in PROMPTS]
+    assert [completion.num_prompt_tokens for completion in completions] == [len(prompt) for prompt in PROMPTS]
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_company(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    alone = list(engine.generate(PROMPTS[:1], SEEDED))
+    company = [(prompt, replace(SEEDED, seed=i, temperature=i / 2)) for i, prompt in enumerate(PROMPTS)]
+    assert run(engine, [*company, (PROMPTS[0], SEEDED)])[str(len(company))] == alone[0]
+    assert next(engine.generate(PROMPTS[:1], replace(SEEDED, seed=12))) != alone[0]
+
+
+def test_without_a_seed_every_request_draws_its_own(make_engine: MakeEngine) -> None:
+    free = replace(SEEDED, seed=None)
+    texts = {completion.token_ids for completion in make_engine().generate([PROMPTS[0]] * 8, free)}
+    assert len(texts) == 8, "12 tokens of 300 do not come out alike by chance"
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("tokens", [5, 7, 16])
+def test_prompts_in_chunks_give_what_whole_prompts_give(make_engine: MakeEngine, params: SamplingParams, tokens: int) -> None:
+    whole = list(make_engine().generate(PROMPTS, params))
+    chunked = list(make_engine(max_num_batched_tokens=tokens, max_num_seqs=5).generate(PROMPTS, params))
+    assert chunked == whole
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_preempted_request_gives_what_an_undisturbed_one_gives(make_engine: MakeEngine, params: SamplingParams) -> None:
+    undisturbed = list(make_engine().generate(PROMPTS, params))
+    tight = make_engine(block_size=4, num_blocks=11)
+    assert list(tight.generate(PROMPTS, params)) == undisturbed
+    assert tight.stats()["num_preemptions"] > 0
+
+
+Params = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 12),
+    temperature=st.sampled_from([0.0, 0.8, 1.5]),
+    top_k=st.none() | st.integers(1, 300),
+    top_p=st.sampled_from([0.5, 0.9, 1.0]),
+    seed=st.integers(0, 3),
+    stop=st.sampled_from([(), ("a",), ("e", "th")]),
+    ignore_eos=st.booleans(),
+)
+Requests = st.lists(st.tuples(st.lists(st.integers(0, 299), min_size=1, max_size=20), Params), min_size=1, max_size=8)
+Settings = st.fixed_dictionaries(
+    {
+        "num_slots": st.integers(1, 4),
+        "block_size": st.sampled_from([1, 3, 8]),
+        "num_blocks": st.sampled_from([32, 40, 100]),
+        "max_num_seqs": st.integers(1, 6),
+        "max_num_batched_tokens": st.sampled_from([6, 9, 64]),
+    }
+)
+
+
+@settings(max_examples=25)
+@given(Requests, Settings, st.dictionaries(st.integers(0, 7), st.integers(0, 20), max_size=4))
+def test_any_mix_on_any_engine_gives_what_each_request_gives_alone(
+    make_engine: MakeEngine,
+    requests: list[tuple[list[int], SamplingParams]],
+    engine_settings: dict[str, int],
+    aborts: dict[int, int],
+) -> None:
+    """Whatever is chunked, pre-empted, in flight or aborted beside it."""
+    together = run(make_engine(**engine_settings), requests, aborts)
+    plain = make_engine()
+    for i, (prompt, params) in enumerate(requests):
+        (alone,) = plain.generate([prompt], params)
+        found = together[str(i)]
+        if found.finish_reason == "abort":
+            assert i in aborts
+            assert alone.token_ids[: len(found.token_ids)] == found.token_ids
+            assert alone.text.startswith(found.text)
+        else:
+            assert found == alone
+
+
+def test_an_abort_disturbs_nobody_and_is_told_once(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_slots=2)
+    requests = [(prompt, GREEDY) for prompt in PROMPTS]
+    undisturbed = run(engine, requests)
+    disturbed = run(engine, requests, {1: 0, 3: 3})
+    assert [disturbed[name].finish_reason for name in "01234"] == ["length", "abort", "length", "abort", "length"]
+    assert disturbed["1"].token_ids == ()
+    assert all(disturbed[name] == undisturbed[name] for name in "024")
+
+
+def test_aborting_what_has_ended_or_never_was_does_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.abort("never")
+    run(engine, [(PROMPTS[0], GREEDY)])
+    engine.abort("0")
+    assert not engine.has_unfinished
+    assert engine.step() == []
+
+
+def test_the_text_stops_before_a_stop_string_that_spans_tokens(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
+    params = replace(GREEDY, max_tokens=60)
+    (whole,) = make_engine().generate([PROMPTS[0]], params)
+    ends = [len(tokenizer.decode(whole.token_ids[: i + 1])) for i in range(60)]
+    place = next(end for end in ends[10:] if "\ufffd" not in whole.text[end - 1 : end + 1])
+    stop = whole.text[place - 1 : place + 1]
+    (stopped,) = make_engine().generate([PROMPTS[0]], replace(params, stop=(stop,)))
+    assert stopped.text == whole.text.partition(stop)[0]
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.token_ids) < 60
+
+
+def test_the_end_of_text_token_ends_a_request_unless_it_is_ignored(make_engine: MakeEngine, tokenizer: Tokenizer) -> None:
+    seeds = [
+        replace(SEEDED, top_k=None, top_p=1.0, temperature=5.0, max_tokens=100, seed=seed, ignore_eos=False)
+        for seed in range(12)
+    ]
+    requests = [(PROMPTS[0], params) for params in seeds]
+    ended = run(make_engine(), requests)
+    ignored = run(make_engine(), [(prompt, replace(params, ignore_eos=True)) for prompt, params in requests])
+    reasons = Counter(completion.finish_reason for completion in ended.values())
+    assert reasons["stop"] >= 1
+    for name, completion in ended.items():
+        assert ignored[name].token_ids[: len(completion.token_ids)] == completion.token_ids
+        assert len(ignored[name].token_ids) == 100
+        if completion.finish_reason == "stop":
+            assert completion.token_ids.index(tokenizer.end_of_text_id) == len(completion.token_ids) - 1
+
+
+def test_every_token_comes_with_the_step_that_made_it(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add_request(PROMPTS[0], GREEDY, "a")
+    outputs = [engine.step() for _ in range(12)]
+    assert [len(step) for step in outputs] == [1] * 12
+    assert [step[0].num_output_tokens for step in outputs] == list(range(1, 13))
+    assert not engine.has_unfinished
+
+
+def test_more_prompts_than_may_wait_are_fed_in_turn(make_engine: MakeEngine) -> None:
+    prompts = [[i + 1] for i in range(30)]
+    few = make_engine(max_waiting_requests=2, max_num_seqs=3)
+    assert list(few.generate(prompts, GREEDY)) == list(make_engine().generate(prompts, GREEDY))
+
+
+def test_a_generator_left_early_leaves_nothing_behind(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_slots=2)
+    completions = engine.generate(PROMPTS, GREEDY)
+    first = next(completions)
+    completions.close()  # type: ignore[attr-defined]
+    assert not engine.has_unfinished
+    assert engine.stats()["kv_cache_usage"] == 0
+    assert next(engine.generate(PROMPTS, GREEDY)) == first
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "error", "message"),
+    [
+        ("", 1, RequestError, "the prompt is empty\n  allowed: at least one token"),
+        ([], 1, RequestError, "the prompt is empty"),
+        ([5, 300], 1, RequestError, "a token id is outside the vocabulary\n  got: 300\n  allowed: 0 to 299"),
+        ([-1], 1, RequestError, "a token id is outside the vocabulary\n  got: -1"),
+        ([1.5], 1, RequestError, "a token id is outside the vocabulary\n  got: 1.5"),
+        (
+            [1] * 30,
+            71,
+            RequestError,
+            "prompt and answer are longer than the context\n  got: 30 prompt tokens and max_tokens=71\n  allowed: 100 together",
+        ),
+        (
+            [1] * 30,
+            20,
+            RequestError,
+            "the KV cache is too small for this request\n  got: 30 prompt tokens and max_tokens=20\n  allowed: 49 together",
+        ),
+    ],
+)
+def test_what_can_never_be_served_is_refused_and_the_others_go_on(
+    make_engine: MakeEngine, prompt: str | list[int], max_tokens: int, error: type[Exception], message: str
+) -> None:
+    engine = make_engine(num_blocks=12, block_size=4, max_model_len=100)
+    engine.add_request(PROMPTS[0], GREEDY, "good")
+    with pytest.raises(error, match=re.escape(message)):
+        engine.add_request(prompt, SamplingParams(max_tokens=max_tokens), "bad")
+    while engine.has_unfinished:
+        assert {output.request_id for output in engine.step()} == {"good"}
+
+
+def test_the_largest_request_that_fits_is_served(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=12, block_size=4)
+    (completion,) = engine.generate([[1] * 30], SamplingParams(max_tokens=19, ignore_eos=True))
+    assert len(completion.token_ids) == 19
+
+
+def test_an_id_in_use_and_a_full_queue_are_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_waiting_requests=2)
+    engine.add_request(PROMPTS[0], GREEDY, "a")
+    with pytest.raises(RequestError, match="the request id is in use\n  got: a"):
+        engine.add_request(PROMPTS[0], GREEDY, "a")
+    engine.add_request(PROMPTS[0], GREEDY, "b")
+    with pytest.raises(QueueFullError, match=r"too many requests wait\n  got: 2\n  allowed: 2 \(max_waiting_requests\)"):
+        engine.add_request(PROMPTS[0], GREEDY, "c")
+    engine.step()
+    engine.add_request(PROMPTS[0], GREEDY, "c")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_stages": 2}, "one process holds one stage\n  got: num_stages=2"),
+        ({"max_model_len": 129}, "max_model_len is beyond the model's context\n  got: 129\n  allowed: 1 to 128"),
+    ],
+)
+def test_settings_that_do_not_suit_the_model_are_refused(tmp_path: Path, values: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Engine.from_directory(write_tiny_model(tmp_path), EngineConfig.model_validate(values))
+
+
+def test_a_batch_smaller_than_the_running_requests_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_num_batched_tokens at least max_num_seqs, not 4 and 8"):
+        EngineConfig(max_num_batched_tokens=4, max_num_seqs=8)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFormatError, match="the tokenizer has more tokens than the model\n  got: 300\n  allowed: 299"):
+        Engine.from_directory(write_tiny_model(tmp_path, vocab_size=299))
+
+
+def test_a_directory_generates_what_its_weights_generate(tmp_path: Path, make_engine: MakeEngine) -> None:
+    engine = Engine.from_directory(write_tiny_model(tmp_path))
+    assert list(engine.generate(PROMPTS, GREEDY)) == list(make_engine().generate(PROMPTS, GREEDY))
+    engine.close()
+
+
+def test_bfloat16_and_text_prompts_are_served(tmp_path: Path) -> None:
+    engine = Engine.from_directory(write_tiny_model(tmp_path), EngineConfig(dtype="bfloat16"))
+    completions = list(engine.generate(["It was the best", "Call me"], GREEDY))
+    assert [len(completion.token_ids) for completion in completions] == [12, 12]

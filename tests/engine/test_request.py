@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from powerhouse.engine import SamplingParams
+from powerhouse.errors import RequestError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is out of range\n  got: 0\n  allowed: a whole number above 0"),
+        ({"max_tokens": 1.5}, "max_tokens is out of range\n  got: 1.5"),
+        ({"max_tokens": True}, "max_tokens is out of range\n  got: True"),
+        ({"temperature": -0.1}, "temperature is out of range\n  got: -0.1\n  allowed: 0 or above"),
+        ({"temperature": math.nan}, "temperature is out of range\n  got: nan"),
+        ({"temperature": math.inf}, "temperature is out of range\n  got: inf"),
+        ({"temperature": "1"}, "temperature is out of range\n  got: '1'"),
+        ({"top_p": 0}, "top_p is out of range\n  got: 0\n  allowed: above 0, up to 1"),
+        ({"top_p": 1.01}, "top_p is out of range\n  got: 1.01"),
+        ({"top_k": 0}, "top_k is out of range\n  got: 0\n  allowed: 1 or above, or None"),
+        ({"top_k": -1}, "top_k is out of range\n  got: -1"),
+        ({"seed": -1}, "seed is out of range\n  got: -1\n  allowed: 0 or above, or None"),
+        ({"seed": 0.5}, "seed is out of range\n  got: 0.5"),
+        ({"stop": "end"}, "stop is out of range\n  got: 'end'\n  allowed: a tuple of non-empty strings"),
+        ({"stop": ("end", "")}, "stop is out of range\n  got: ('end', '')"),
+        ({"ignore_eos": 1}, "ignore_eos is out of range\n  got: 1\n  allowed: true or false"),
+    ],
+)
+def test_a_parameter_out_of_range_is_refused_with_what_is_allowed(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        SamplingParams(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""The evaluation job for real: actors score held-out documents of a corpus."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from fakes import TEXTS, tiny_tokenizer, write_tiny_model
+from powerhouse import artifacts
+from powerhouse.artifacts import Counts
+from powerhouse.errors import InputError, ModelFormatError
+from powerhouse.evaluation.launch import EvaluationConfig, evaluate_model, read_heldout
+from powerhouse.evaluation.perplexity import nats_of_documents
+from powerhouse.models.hub import load_decoder
+from tiny_run import write_tokens
+
+HELDOUT = [*TEXTS, "", "one more"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EvaluationConfig:
+    write_tiny_model(tmp_path / "model")
+    write_tokens(tmp_path / "tokens")
+    artifacts.produce(tmp_path / "corpus", "corpus", {}, {"text": "tiny"}, write_heldout)
+    names = ("model", "corpus", "tokens", "output")
+    return EvaluationConfig.model_validate(
+        {name: tmp_path / name for name in names} | {"num_actors": 2, "cpus_per_actor": 0.5, "batch_windows": 2}
+    )
+
+
+def write_heldout(folder: Path) -> Counts:
+    (folder / "heldout").mkdir()
+    for number, texts in enumerate((HELDOUT[:2], HELDOUT[2:])):
+        pq.write_table(pa.table({"text": texts}), folder / "heldout" / f"part-{number}.parquet")
+    return {"documents": len(HELDOUT)}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    groups = {"data": 1000, "train": 1000, "serve": 1000}
+    ray.init(address="local", num_cpus=4, resources=groups, include_dashboard=False, _temp_dir=temporary)
+    yield
+    ray.shutdown()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_actors_give_the_bits_per_byte_of_one_process_beside_both_baselines(config: EvaluationConfig, cluster: None) -> None:
+    evaluation = evaluate_model(config)
+
+    scores = json.loads((evaluation.path / "scores.json").read_text())
+    texts = [text for text in HELDOUT if text]
+    nats = nats_of_documents(load_decoder(config.model), tiny_tokenizer().encode_batch(texts), 0, 8)
+    num_bytes = len("".join(texts).encode())
+    assert scores["bits_per_byte"]["value"] == pytest.approx(sum(nats) / np.log(2) / num_bytes, rel=1e-6)
+    assert set(scores) == {"bits_per_byte", "unigram_bits_per_byte", "xz_bits_per_byte"}
+    for score in scores.values():
+        assert score["n"] == len(texts)
+        assert score["signature"].startswith("metric:bits_per_byte|")
+    low, high = scores["unigram_bits_per_byte"]["interval"]
+    assert low < scores["unigram_bits_per_byte"]["value"] < high
+    assert evaluation.manifest.counts["bytes"] == num_bytes
+    assert set(evaluation.manifest.inputs) == {"model", "corpus", "tokens"}
+
+
+def test_held_out_documents_come_in_the_order_of_their_files_without_the_empty_ones(tmp_path: Path) -> None:
+    write_heldout(tmp_path)
+
+    assert read_heldout(tmp_path / "heldout") == [text for text in HELDOUT if text]
+
+
+def test_a_model_directory_that_is_not_there_is_refused_before_any_work(config: EvaluationConfig) -> None:
+    with pytest.raises(ModelFormatError, match="no such model directory"):
+        evaluate_model(config.model_copy(update={"model": config.model / "nowhere"}))
+
+
+def test_a_corpus_without_or_with_damaged_held_out_documents_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no held-out documents"):
+        read_heldout(tmp_path / "heldout")
+
+    (tmp_path / "part.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="damaged held-out documents"):
+        read_heldout(tmp_path)

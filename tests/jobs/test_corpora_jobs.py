@@ -1,0 +1,266 @@
+"""The jobs from text to tokens, as a user runs them: a process each, on real small files."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from powerhouse.corpora.pipeline import CurateConfig, curate
+from powerhouse.corpora.shards import TokenRows
+from powerhouse.corpora.tokens import TokensConfig, make_tokens
+from powerhouse.errors import ArtifactError, InputError
+from powerhouse.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+NOUNS = [
+    "garden",
+    "river",
+    "captain",
+    "letter",
+    "window",
+    "mountain",
+    "servant",
+    "lantern",
+    "horse",
+    "daughter",
+    "kingdom",
+    "storm",
+]
+VERBS = ["watched", "followed", "remembered", "crossed", "painted", "carried", "opened", "forgot"]
+
+
+def prose(seed: int, num_sentences: int) -> str:
+    """English sentences, a blank line after every fourth."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for number in range(num_sentences):
+        one, other, third = rng.choice(NOUNS, 3, replace=False)
+        text = (
+            f"The {one} of year {rng.integers(1500, 1900)} {rng.choice(VERBS)} the {other}, and it was with the {third} that "
+        )
+        out.append(text + f"they had to be.{chr(10) * 2 if number % 4 == 3 else ' '}")
+    return "".join(out)
+
+
+def write_inputs(folder: Path, names: list[str]) -> Path:
+    """Write a book in two editions, web pages and a Wikipedia dump, in the order of the names."""
+    book = prose(1, 600)
+    page = "<html><body><main><h1>A page</h1><p>{}</p></main></body></html>"
+    pages = "".join(
+        f"<page><title>T{number}</title><ns>0</ns><id>{number}</id>"
+        f"<revision><text>'''T''' {prose(50 + number, 30)}</text></revision></page>" for number in range(1, 20)
+    )  # fmt: skip
+    contents = {
+        "books/a.txt": book.encode(),
+        "books/b.txt.gz": gzip.compress(("A preface by a friend.\n\n" + book).encode(), mtime=0),
+        "web/1.html": page.format(prose(2, 40) + " Write to ada@example.com.").encode(),
+        "web/2.html": page.format("too short").encode(),
+        "wiki/w.xml.bz2": bz2.compress(f"<mediawiki>{pages}</mediawiki>".encode()),
+    }
+    for name in names or list(contents):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(contents[name])
+    return folder
+
+
+def curate_config(folder: Path, output: Path, **changes: object) -> CurateConfig:
+    inputs = [
+        {"name": "books", "kind": "book", "path": folder / "books"},
+        {"name": "web", "kind": "web", "path": folder / "web"},
+        {"name": "wikipedia", "kind": "wikipedia", "path": folder / "wiki"},
+    ]
+    values: dict[str, object] = {
+        "inputs": inputs, "output": output, "chunk_chars": 1500, "heldout_share": 0.2, "num_documents_per_file": 40,
+        "quality": {"max_top_bigram_char_share": 1, "max_repeated_line_char_share": 1},
+    }  # fmt: skip
+    return CurateConfig.model_validate(values | changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which tells the time taken; of that, the identity."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = json.loads(files.pop("manifest.json"))
+    return files | {"fingerprint": manifest["fingerprint"].encode()}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
+        groups = {"data": 1000, "train": 1000, "serve": 1000}
+        ray.init(address="local", num_cpus=4, resources=groups, include_dashboard=False, _temp_dir=temporary)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("in"), [])
+
+
+@pytest.fixture(scope="module")
+def corpus(cluster: None, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return curate(curate_config(inputs, tmp_path_factory.mktemp("out") / "corpus")).path
+
+
+def read_split(corpus: Path, split: str) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted((corpus / split).glob("*.parquet"))])
+
+
+def test_the_corpus_holds_every_document_once_and_the_rejects_their_reason(corpus: Path) -> None:
+    splits = {split: read_split(corpus, split) for split in ("train", "heldout", "rejects")}
+    doc_ids = [doc_id for table in splits.values() for doc_id in table["doc_id"].to_pylist()]
+    assert len(doc_ids) == len(set(doc_ids)) == json.loads((corpus / "report.json").read_text())["total"]["documents"]
+    assert min(table.num_rows for table in splits.values()) > 0
+    reasons = splits["rejects"]["reason"].to_pylist()
+    assert {"exact_duplicate", "too_few_words"} <= set(reasons)
+    assert None not in reasons
+    kept = pa.concat_tables([splits["train"], splits["heldout"]])
+    assert set(kept["source"].to_pylist()) == {"books", "web", "wikipedia"}
+    web = [row["text"] for row in kept.to_pylist() if row["source"] == "web"]
+    assert len(web) == 1
+    assert web[0].endswith("Write to <EMAIL>.")
+
+
+def test_the_second_edition_of_a_book_is_mostly_duplicates(corpus: Path) -> None:
+    editions = [row["path"] for split in ("train", "heldout") for row in read_split(corpus, split).to_pylist()]
+    assert editions.count("a.txt") + editions.count("b.txt.gz") < 1.3 * max(editions.count("a.txt"), editions.count("b.txt.gz"))
+
+
+def test_neither_workers_nor_the_order_on_disk_change_a_byte(corpus: Path, inputs: Path, tmp_path: Path) -> None:
+    names = sorted((str(path.relative_to(inputs)) for path in inputs.rglob("*.*")), reverse=True)
+    other = write_inputs(tmp_path / "in", names)
+    again = curate(curate_config(other, tmp_path / "corpus", workers={"num": 1, "num_cpus": 1}))
+    assert contents(again.path) == contents(corpus)
+
+
+def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(cluster: None, inputs: Path, tmp_path: Path) -> None:
+    folder = write_inputs(tmp_path / "in", [])
+    dump = folder / "wiki" / "w.xml.bz2"
+    dump.write_bytes(dump.read_bytes()[:-200])
+    (folder / "books" / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(InputError, match=r"(?s)2 of 6 input files cannot be read:.*latin.txt: not UTF-8.*w.xml.bz2: truncated"):
+        curate(curate_config(folder, tmp_path / "corpus"))
+    with pytest.raises(ArtifactError, match="unfinished"):
+        make_tokens(TokensConfig(corpus=tmp_path / "corpus", output=tmp_path / "tokens"))
+    artifact = curate(curate_config(folder, tmp_path / "corpus", max_bad_file_share=0.5))
+    report = json.loads((artifact.path / "report.json").read_text())
+    assert [item["path"] for item in report["bad_files"]] == ["latin.txt", "w.xml.bz2"]
+    assert report["sources"]["wikipedia"]["removed"]["bad_file"] == report["sources"]["wikipedia"]["documents"]
+
+
+def test_a_corpus_that_is_empty_after_filtering_tells_why(cluster: None, inputs: Path, tmp_path: Path) -> None:
+    config = curate_config(inputs, tmp_path / "corpus", quality={"languages": ["fi"]})
+    with pytest.raises(InputError, match=r"(?s)empty after filtering.*left out for: language \d+, too_few_words 1"):
+        curate(config)
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
+
+
+def test_token_rows_decode_to_the_corpus_and_know_their_documents(corpus: Path, tmp_path: Path) -> None:
+    config = TokensConfig(corpus=corpus, output=tmp_path / "tokens", vocab_size=400, row_length=33, rows_per_shard=100)
+    artifact = make_tokens(config)
+    counts = artifact.manifest.counts
+    rows = TokenRows(artifact.path / "rows")
+    tokenizer = Tokenizer.load(artifact.path)
+    assert (len(rows), rows.row_length, tokenizer.vocab_size) == (counts["num_rows"], 33, 400)
+    train = read_split(corpus, "train")
+    text_of = dict(zip(train["doc_id"].to_pylist(), train["text"].to_pylist(), strict=True))
+    assert counts["num_bytes"] == sum(len(text.encode()) for text in text_of.values())
+    doc_ids = pq.read_table(artifact.path / "provenance.parquet")["doc_ids"].to_pylist()
+    assert len(doc_ids) == len(rows)
+    for row, ids in zip(rows.take(np.arange(len(rows))), doc_ids, strict=True):
+        pieces = np.split(row, np.flatnonzero(row == tokenizer.end_of_text_id) + 1)
+        decoded = [tokenizer.decode(piece.tolist()) for piece in pieces if len(piece)]
+        assert len(decoded) == len(ids)
+        assert all(text in text_of[doc_id] for doc_id, text in zip(ids, decoded, strict=True))
+    again = make_tokens(config.model_copy(update={"output": tmp_path / "again"}))
+    assert contents(again.path) == contents(artifact.path)
+
+
+TOO_MUCH = [
+    ({"vocab_size": 50_000}, "the vocabulary is larger than the text can give"),
+    ({"vocab_size": 300, "row_length": 10_000_000}, "the corpus fills no row"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TOO_MUCH)
+def test_more_than_the_text_can_give_is_one_error(corpus: Path, tmp_path: Path, change: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_tokens(TokensConfig.model_validate({"corpus": corpus, "output": tmp_path / "tokens", **change}))
+
+
+def start_job(script: str, *overrides: str, storage: Path, temporary: str) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "POWERHOUSE_STORAGE": str(storage), "RAY_ADDRESS": "local", "RAY_TMPDIR": temporary,
+        "PYTHONPATH": str(ROOT / "platform"),
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "jobs" / script), *overrides]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def job_overrides(folder: Path, output: str) -> list[str]:
+    values = curate_config(folder, Path(output)).model_dump(mode="json") | {"output": output}
+    keys = ("inputs", "output", "chunk_chars", "heldout_share", "num_documents_per_file", "quality")
+    return [f"{key}={json.dumps(values[key])}" for key in keys]
+
+
+def test_a_job_killed_halfway_is_finished_by_the_next_run_to_the_same_bytes(corpus: Path, inputs: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
+        overrides = job_overrides(inputs, "corpus")
+        job = start_job("curate_corpus.py", *overrides, storage=tmp_path, temporary=temporary)
+        written = tmp_path / "corpus" / "work" / "documents"
+        while not (written.is_dir() and list(written.glob("*.parquet"))):
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.02)
+        children = psutil.Process(job.pid).children(recursive=True)
+        job.send_signal(signal.SIGKILL)
+        job.communicate()
+        psutil.wait_procs(children, timeout=60)
+        assert not (tmp_path / "corpus" / "manifest.json").exists()
+        job = start_job("curate_corpus.py", *overrides, storage=tmp_path, temporary=temporary)
+        out, err = job.communicate()
+        assert job.returncode == 0, err
+        assert out.strip().endswith(f"corpus: {tmp_path / 'corpus'}")
+        assert contents(tmp_path / "corpus") == contents(corpus)
+
+
+JOBS = [
+    (
+        "curate_corpus.py",
+        ["output=x", 'inputs=[{"name": "b", "kind": "book", "path": "nowhere"}]'],
+        "inputs: b: no such folder",
+    ),
+    ("curate_corpus.py", ["output=x", "inputs=[]"], "inputs: got []"),
+    ("train_tokenizer.py", ["output=x", "corpus=nowhere"], "no such corpus folder"),
+    ("train_tokenizer.py", ["output=x", "corpus=y", "vocab=3"], "vocab: unknown key; did you mean vocab_size?"),
+    ("fetch_texts.py", ["output=x"], "packages: missing"),
+]
+
+
+@pytest.mark.parametrize(("script", "overrides", "message"), JOBS)
+def test_a_job_asked_for_the_impossible_ends_with_one_error_and_exit_code_2(
+    script: str, overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    job = start_job(script, *overrides, storage=tmp_path, temporary="/tmp")
+    _, err = job.communicate()
+    assert job.returncode == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err

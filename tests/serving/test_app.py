@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import serve
+
+from fakes import write_tiny_model
+from powerhouse.errors import ConfigError, ModelFormatError
+from powerhouse.serving.app import build
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "model")
+
+
+def args(model: Path, **changes: Any) -> dict[str, Any]:
+    return {"model": str(model), "model_name": "demo"} | changes
+
+
+def test_an_application_is_built_without_a_cluster(model: Path) -> None:
+    assert isinstance(build(args(model)), serve.Application)
+
+
+def test_a_relative_model_lies_under_the_storage_root(model: Path) -> None:
+    assert isinstance(build(args(Path("model"))), serve.Application)
+
+
+def test_a_mistake_in_the_args_names_itself(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"args of the Serve application: engine\.num_stages: got 0; allowed:"):
+        build(args(model, engine={"num_stages": 0}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("config.json", None, "config.json: missing"),
+        ("config.json", b"{", "config.json: damaged"),
+        ("model.safetensors", None, "no model.safetensors"),
+        ("model.safetensors", b"", "model.safetensors: damaged or truncated"),
+        ("tokenizer.json", None, "tokenizer.json: missing"),
+        ("tokenizer.json", b"{", "tokenizer.json: damaged"),
+    ],
+)
+def test_a_damaged_model_is_refused_before_anything_starts(model: Path, name: str, damage: bytes | None, message: str) -> None:
+    (model / name).unlink() if damage is None else (model / name).write_bytes(damage)
+    with pytest.raises(ModelFormatError, match=message):
+        build(args(model))
+
+
+def test_a_truncated_weight_file_and_one_of_another_shape_are_refused(model: Path, tmp_path: Path) -> None:
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ModelFormatError, match="damaged or truncated"):
+        build(args(model))
+    weights.write_bytes((write_tiny_model(tmp_path / "wider", hidden_size=40) / "model.safetensors").read_bytes())
+    with pytest.raises(ModelFormatError, match="has the wrong shape"):
+        build(args(model))
+
+
+def test_a_missing_model_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFormatError, match="no such model directory"):
+        build(args(tmp_path / "nowhere"))

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import tiny_config
+from powerhouse.config import load, validate
+from powerhouse.errors import ConfigError
+from powerhouse.training.config import TrainingConfig, check
+from tiny_run import make_config, write_tokens
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": {"num_workers": 3}}, r"run\.num_workers: .*\n  got: 3 with .*\n  allowed: 1, 2, 4$"),
+        ({"run": {"micro_batch_rows": 3}}, r"run\.micro_batch_rows: .*\n  got: 3 with .*\n  allowed: 1, 2, 4, 8$"),
+        ({"model": tiny_config(vocab_size=299).model_dump()}, r"model\.vocab_size: .*\n  got: 299\n  allowed: 300 or more"),
+        (
+            {"model": tiny_config(max_position_embeddings=15).model_dump()},
+            r"model\.max_position_embeddings: .*\n  got: 15\n  allowed: 16 or more",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_name_what_would(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    tokens = write_tokens(tmp_path / "tokens")
+
+    with pytest.raises(ConfigError, match=message):
+        check(make_config(tmp_path, **changes), tokens)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim", {"lr": 0}, r"optim\.lr: got 0; allowed: input should be greater than 0"),
+        ("optim", {"lr": 1, "learning_rate": 1}, r"optim\.learning_rate: unknown key"),
+        ("precision", "float8", "precision: got 'float8'; allowed: input should be 'float32' or 'bfloat16'"),
+        ("num_steps", 0, "num_steps: got 0; allowed: input should be greater than 0"),
+        ("tokens", None, "tokens: got None"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_path(tmp_path: Path, key: str, value: object, message: str) -> None:
+    values = make_config(tmp_path).model_dump() | {key: value}
+
+    with pytest.raises(ConfigError, match=message):
+        validate(TrainingConfig, values, "test")
+
+
+def test_settings_that_fit_pass(tmp_path: Path) -> None:
+    check(make_config(tmp_path), write_tokens(tmp_path / "tokens"))
+
+
+def test_the_demo_settings_are_valid_and_accumulate_over_two_micro_batches() -> None:
+    config = load(TrainingConfig, REPOSITORY / "jobs" / "configs" / "tiny.yaml")
+
+    assert config.rows_per_worker == 2 * config.run.micro_batch_rows
