@@ -245,16 +245,24 @@ def test_the_largest_request_that_fits_is_served(make_engine: MakeEngine) -> Non
     assert len(completion.token_ids) == 19
 
 
-def test_an_id_in_use_and_a_full_queue_are_refused(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_waiting_requests=2)
+def test_an_id_in_use_is_refused(make_engine: MakeEngine) -> None:
+    engine = make_engine()
     engine.add_request(PROMPTS[0], GREEDY, "a")
     with pytest.raises(RequestError, match="the request id is in use\n  got: a"):
         engine.add_request(PROMPTS[0], GREEDY, "a")
-    engine.add_request(PROMPTS[0], GREEDY, "b")
-    with pytest.raises(QueueFullError, match=r"too many requests wait\n  got: 2\n  allowed: 2 \(max_waiting_requests\)"):
-        engine.add_request(PROMPTS[0], GREEDY, "c")
-    engine.step()
-    engine.add_request(PROMPTS[0], GREEDY, "c")
+
+
+def test_a_full_queue_is_refused_and_a_free_seat_is_room(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_waiting_requests=2, max_num_seqs=1)
+    for _ in range(3):
+        engine.add_request(PROMPTS[0], GREEDY)
+    with pytest.raises(QueueFullError, match=r"too many requests wait\n  got: 3 under way\n  allowed: 2 waiting"):
+        engine.add_request(PROMPTS[0], GREEDY)
+    while engine.stats()["num_waiting"] == 2:
+        engine.step()
+    while engine.stats()["num_waiting"] + engine.stats()["num_running"] == 3:
+        engine.step()
+    engine.add_request(PROMPTS[0], GREEDY)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def job(config: TrainingConfig, folder: Path, address: str) -> Iterator[subprocess.Popen[str]]:
     path = folder / "job.yaml"
     path.write_text(config.model_dump_json())
-    environment = os.environ | {"RAY_ADDRESS": address}
+    environment = os.environ | {"RAY_ADDRESS": address, "TMPDIR": str(folder)}
     with (folder / "job.log").open("a") as log:
         process = subprocess.Popen(
             [sys.executable, str(JOB), "--config", str(path)], env=environment, stdout=log, stderr=log, text=True

@@ -175,7 +175,9 @@ class Engine:
 
     @property
     def _has_room(self) -> bool:
-        return len(self._scheduler.waiting) < self._config.max_waiting_requests
+        """A burst into an idle engine waits only for the next step: free seats count as room."""
+        num_held = len(self._scheduler.running) + len(self._scheduler.waiting)
+        return num_held < self._config.max_num_seqs + self._config.max_waiting_requests
 
     def _refuse_what_cannot_be_served(self, request_id: str, ids: Sequence[int], params: SamplingParams) -> None:
         if request_id in self._requests:
@@ -194,9 +196,12 @@ class Engine:
             capacity = self._pool.num_blocks * self._pool.block_size
             raise RequestError("the KV cache is too small for this request", got=got, allowed=f"{capacity + 1} together")
         if not self._has_room:
-            waiting = self._config.max_waiting_requests
+            seats, waiting = self._config.max_num_seqs, self._config.max_waiting_requests
             raise QueueFullError(
-                "too many requests wait", got=waiting, allowed=f"{waiting} (max_waiting_requests)", do="try later"
+                "too many requests wait",
+                got=f"{seats + waiting} under way",
+                allowed=f"{waiting} waiting (max_waiting_requests) beside {seats} that compute (max_num_seqs)",
+                do="try later",
             )
 
     def _commit(self, scheduled: Schedule, sampled: Sequence[int]) -> None:

@@ -138,8 +138,7 @@ def _score_model(config: EvaluationConfig, texts: list[str], num_bytes: npt.NDAr
 
 def _nats_by_ray(config: EvaluationConfig, texts: list[str]) -> npt.NDArray[np.float64]:
     """Nats of each text, in the texts' order; long and short documents alike go to whichever actor is free."""
-    connect()
-    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts documents
+    connect("data")
     table = pa.table({"number": range(len(texts)), "text": texts})
     num_rows = math.ceil(len(texts) / (4 * config.num_actors))  # of a block: small enough that no actor waits long for the last
     scored = ray.data.from_arrow([table.slice(start, num_rows) for start in range(0, len(texts), num_rows)]).map_batches(

@@ -6,8 +6,6 @@ group and with it the stages; when a stage dies, the health check fails and Serv
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import ray
 from fastapi import FastAPI
 
@@ -47,18 +45,9 @@ class PipelineReplica:
         runner = PipelineRunner.listen(config.engine.num_stages, host=ray.util.get_node_ip_address())
         group = ray.util.get_current_placement_group()
         self._stages = Stages.start(runner, config.model, config.engine, group, config.stage_resources)
-        _wait_ready(runner, self._stages, config.startup_timeout_s)
-        return Engine(model_config, tokenizer, config.engine, runner)
-
-
-def _wait_ready(runner: PipelineRunner, stages: Stages, timeout_s: float) -> None:
-    """Return when every stage has loaded its layers, or raise what stopped one of them."""
-    with ThreadPoolExecutor(1) as pool:
-        ready = pool.submit(runner.wait_ready, timeout_s)
         try:
-            while not ready.done():
-                stages.check(wait_s=0.1)
+            runner.wait_ready(config.startup_timeout_s, self._stages.check)
         except Exception:
             runner.close()
             raise
-        ready.result()
+        return Engine(model_config, tokenizer, config.engine, runner)

@@ -63,8 +63,9 @@ class TrainingConfig(Config):
     """Shape of the model."""
     optim: OptimConfig
     """Optimiser and schedule."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of the computation; master weights, gradient sums and the optimiser's state are always float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the computation; master weights, gradient sums and the optimiser's state are always float32. `auto` is
+    bfloat16 where the processor has instructions for it, else float32; the model's manifest names the one that was used."""
     global_batch_rows: int = Field(gt=0)
     """Rows that one step learns from, over all workers."""
     num_steps: int = Field(gt=0)

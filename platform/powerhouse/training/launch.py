@@ -20,6 +20,7 @@ from ray.util.metrics import Gauge as RayGauge
 from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
 from powerhouse.corpora.shards import TokenRows
+from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ClusterError, PowerhouseError, TrainingError
 from powerhouse.models.decoder import Decoder
 from powerhouse.models.hub import save_decoder
@@ -47,6 +48,9 @@ def train_model(config: TrainingConfig) -> Artifact:
     """
     tokens = Artifact.open(config.tokens, "tokens")
     check(config, tokens)
+    if config.precision == "auto":
+        is_fast = computes_bfloat16("cuda" if config.run.use_gpu else "cpu")
+        config = config.model_copy(update={"precision": "bfloat16" if is_fast else "float32"})
     settings = config.model_dump(mode="json", exclude={"tokens", "output", "run"})
     make = partial(_make, config=config, context=int(tokens.manifest.counts["row_length"]) - 1)
     return artifacts.produce(config.output, "model", settings, {"tokens": tokens}, make, can_resume=True)
@@ -72,7 +76,7 @@ def _on_meta(config: TrainingConfig) -> Decoder:
 
 def _run_workers(config: TrainingConfig) -> None:
     """Run `work` on every worker; lost workers are replaced, and the new group goes on from the last checkpoint."""
-    connect()
+    connect("train", shows_workers=True)
     run = config.run
     scaling = ray.train.ScalingConfig(
         num_workers=run.num_workers,
