@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact, produce, write_atomically
+from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact, NotDoneError, checking, produce, write_atomically
 from powerhouse.errors import ArtifactError
 
 
@@ -146,3 +146,17 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 
     assert [item.name for item in tmp_path.iterdir()] == ["x"]
     assert path.read_text() == "two"
+
+
+def test_checking_does_no_work_and_changes_nothing(tmp_path: Path) -> None:
+    stage, path = Stage(), tmp_path / "out"
+    with checking(), pytest.raises(NotDoneError, match="there is no corpus of these inputs and settings"):
+        produce(path, "corpus", {"x": 1}, {}, stage)
+    assert (stage.num_runs, path.exists()) == (0, False)
+
+    done = produce(path, "corpus", {"x": 1}, {}, stage)
+    with checking():
+        assert produce(path, "corpus", {"x": 1}, {}, stage) == done
+        with pytest.raises(NotDoneError):
+            produce(path, "corpus", {"x": 2}, {}, stage)
+    assert Artifact.open(path, "corpus") == done

@@ -7,12 +7,14 @@ or redone, never trusted. A folder that Powerhouse did not write is never touche
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,22 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 
 Counts = Mapping[str, int | float]
+
+_is_checking: ContextVar[bool] = ContextVar("is_checking", default=False)
+
+
+class NotDoneError(ArtifactError):
+    """The artifact is not there, or is of other inputs or settings; raised only inside `checking()`."""
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[None]:
+    """Inside, `produce` does no work: it returns what is done already, or raises NotDoneError. Like `make --question`."""
+    token = _is_checking.set(True)
+    try:
+        yield
+    finally:
+        _is_checking.reset(token)
 
 
 class Manifest(Config):
@@ -104,6 +122,8 @@ def produce(
     done = _read_manifest(path)
     if done is not None and done.fingerprint == fingerprint and not _damaged_file(path, done):
         return Artifact(path, done)
+    if _is_checking.get():
+        raise NotDoneError(f"{path}: there is no {kind} of these inputs and settings", do="run the job without --check")
     _prepare(path, fingerprint, keep=can_resume and done is None)
     start = time.monotonic()
     counts = make(path)

@@ -29,7 +29,7 @@ from tiny_run import make_config, write_tokens
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_model.py"
-NUM_STEPS = 400
+NUM_STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def uninterrupted(ray_address: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def long_config(folder: Path) -> TrainingConfig:
-    return make_config(folder, num_steps=NUM_STEPS, run={"checkpoint_every": 50})
+    return make_config(folder, num_steps=NUM_STEPS, run={"checkpoint_every": 20})
 
 
 def losses(folder: Path) -> list[float]:
@@ -102,14 +102,14 @@ def test_a_job_killed_with_minus_9_is_finished_by_the_next_one_with_the_same_los
     config = long_config(tmp_path)
 
     with job(config, tmp_path, ray_address) as process:
-        wait_until(lambda: len(losses(config.output)) > 60)
+        wait_until(lambda: len(losses(config.output)) > 30)
         process.send_signal(signal.SIGKILL)
     num_done = len(losses(config.output))
     assert not (config.output / "manifest.json").exists()
     with job(config, tmp_path, ray_address) as process:
         code = process.wait()
 
-    assert 60 < num_done < NUM_STEPS
+    assert 30 < num_done < NUM_STEPS
     assert code == 0, (tmp_path / "job.log").read_text()
     assert losses(config.output) == losses(uninterrupted.path)
 
@@ -121,7 +121,7 @@ def test_a_worker_killed_with_minus_9_is_replaced_and_the_losses_are_the_same_to
     config = long_config(tmp_path)
 
     with job(config, tmp_path, ray_address) as process:
-        wait_until(lambda: len(losses(config.output)) > 60)
+        wait_until(lambda: len(losses(config.output)) > 30)
         workers = [p for p in psutil.process_iter(["cmdline"]) if is_training_worker(p, ray_address)]
         workers[-1].kill()
         code = process.wait()

@@ -23,7 +23,7 @@ import httpx
 import yaml
 from pydantic import Field
 
-from powerhouse.artifacts import Artifact
+from powerhouse.artifacts import MANIFEST, Artifact
 from powerhouse.cluster import local
 from powerhouse.cluster.local import LocalCluster, LocalClusterConfig
 from powerhouse.cluster.processes import PeakMemory, check_port_is_free
@@ -80,15 +80,16 @@ class StageResult:
 
 
 def run_stage(cluster: LocalCluster, stage: StageConfig) -> StageResult:
+    """Submit the stage's job, unless the job itself says that it has nothing to do."""
     name = stage.job.stem
     _say(f"\n== {name}")
-    manifest = stage.artifact / "manifest.json"
-    before = manifest.stat().st_mtime_ns if manifest.exists() else None
     start = time.monotonic()
+    arguments = ["--config", str(stage.config), *stage.overrides]
     with PeakMemory(cluster.cluster_id) as memory:
-        cluster.submit(stage.job, ["--config", str(stage.config), *stage.overrides])
+        was_kept = (stage.artifact / MANIFEST).exists() and cluster.is_done(stage.job, arguments)
+        if not was_kept:
+            cluster.submit(stage.job, arguments)
     artifact = Artifact.open(stage.artifact, stage.kind)
-    was_kept = manifest.stat().st_mtime_ns == before
     return StageResult(name, artifact, time.monotonic() - start, memory.peak_bytes, was_kept)
 
 

@@ -29,6 +29,7 @@ from powerhouse.artifacts import write_atomically
 from powerhouse.cluster.processes import CLUSTER_VARIABLE, check_port_is_free, end_processes, find_free_port, find_processes
 from powerhouse.config import STORAGE_VARIABLE, Config, storage_root
 from powerhouse.errors import ClusterError
+from powerhouse.job import CHECK
 
 STATE_FILE = "cluster.json"
 _START_TIMEOUT_S = 120.0
@@ -72,6 +73,11 @@ class LocalCluster:
         done = self.run([*command, "--", "python", str(job), *arguments])
         if done != 0:
             raise ClusterError(f"{job} failed", got=f"exit status {done}", do="read the job's log above")
+
+    def is_done(self, job: Path, arguments: Sequence[str]) -> bool:
+        """Ask the job, here and without Ray, whether its result is there already."""
+        command = [sys.executable, str(job), *arguments, CHECK]
+        return subprocess.run(command, env=_environment(self.cluster_id), capture_output=True).returncode == 0
 
     def deploy(self, serve_config: Path) -> None:
         """Send a Serve application file to the cluster; it comes up in the background.
