@@ -24,7 +24,7 @@ from powerhouse.cluster.local import STATE_FILE
 from powerhouse.cluster.processes import find_free_port, find_processes
 from powerhouse.models.hub import load_decoder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, list[str]] = {
     "tokens": ["vocab_size=512", "row_length=65"],

@@ -86,7 +86,7 @@ def test_kill_9_of_its_owner_ends_the_whole_cluster(tmp_path: Path) -> None:
         assert state.is_running
         owner.send_signal(signal.SIGKILL)
 
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 300
     while left := find_processes(state.cluster_id):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)

@@ -34,7 +34,7 @@ def spawn(cluster_id: str, code: str) -> subprocess.Popen[bytes]:
 
 
 def wait_for_count(cluster_id: str, count: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while len(find_processes(cluster_id)) != count:
         assert time.monotonic() < deadline, find_processes(cluster_id)
         time.sleep(0.05)
@@ -51,7 +51,7 @@ time.sleep(600)
 def test_orphans_in_other_sessions_that_ignore_sigterm_are_found_and_ended(cluster_id: str) -> None:
     with spawn(cluster_id, ORPHAN_MAKER) as head:
         wait_for_count(cluster_id, 2)
-        end_processes(cluster_id, head.pid, grace_s=5)
+        end_processes(cluster_id, head.pid, grace_s=30)
 
         assert find_processes(cluster_id) == []
 
@@ -69,7 +69,7 @@ def test_a_stale_head_pid_of_another_process_is_left_alone(cluster_id: str) -> N
 def test_memory_of_all_processes_is_summed(cluster_id: str) -> None:
     with spawn(cluster_id, "import time; block = bytearray(200 << 20); print(len(block)); time.sleep(600)") as process:
         with PeakMemory(cluster_id, interval_s=0.05) as memory:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while memory.peak_bytes < 200 << 20:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)

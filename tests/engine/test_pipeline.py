@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 PROMPTS = ["It was the best of times", "Call me", [7] * 30, "猫", [1, 2, 3]]
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=20, temperature=1.1, top_p=0.95, seed=3)
-START_TIMEOUT_S = EXIT_TIMEOUT_S = 60
+START_TIMEOUT_S = EXIT_TIMEOUT_S = 300
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["powerhouse.engine"])

@@ -43,7 +43,7 @@ def request(api: FastAPI, method: str, path: str, **arguments: Any) -> httpx.Res
 def requests(api: FastAPI, calls: list[tuple[str, str, dict[str, Any]]]) -> list[httpx.Response]:
     async def send() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app=api)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=120) as client:
             return await asyncio.gather(*(client.request(method, path, **rest) for method, path, rest in calls))
 
     return asyncio.run(send())

@@ -51,7 +51,7 @@ async def read(loop: EngineLoop, prompt: str, params: SamplingParams = GREEDY) -
     return [output async for output in (await loop.submit(prompt, params)).outputs()]
 
 
-async def until(is_so: Callable[[], bool], timeout_s: float = 10) -> None:
+async def until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
     async with asyncio.timeout(timeout_s):
         while not is_so():
             await asyncio.sleep(0.005)
@@ -59,7 +59,7 @@ async def until(is_so: Callable[[], bool], timeout_s: float = 10) -> None:
 
 def run(test: Awaitable[Any]) -> Any:
     async def main() -> Any:
-        return await asyncio.wait_for(test, timeout=30)
+        return await asyncio.wait_for(test, timeout=120)
 
     return asyncio.run(main())
 
@@ -84,7 +84,7 @@ class WaitsAfterTheFirstToken(LocalRunner):
 
     def collect(self) -> list[int]:
         self._num_collected += 1
-        assert self._num_collected == 1 or self._may_go_on.wait(timeout=20)
+        assert self._num_collected == 1 or self._may_go_on.wait(timeout=60)
         return super().collect()
 
 

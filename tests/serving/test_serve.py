@@ -34,7 +34,7 @@ CHAT_YAML = Path(__file__).parents[2] / "serve_apps" / "chat.yaml"
 CONTEXT = 16_384
 PROMPTS = ["It was", "Call me", "The quick brown fox", "naïf: 猫"]
 GREEDY = {"model": "demo", "temperature": 0, "ignore_eos": True}
-PATIENCE_S = 180  # a hang, not a slow machine
+PATIENCE_S = 600  # a hang, not a slow machine
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def test_a_client_that_leaves_takes_its_request_with_it(endpoint: Endpoint) -> N
     with endpoint.events("It was", CONTEXT - 100) as events:
         next(events)
         assert endpoint.health()["num_running"] == 1
-    until(lambda: endpoint.health()["num_running"] == 0, timeout_s=10)
+    until(lambda: endpoint.health()["num_running"] == 0, timeout_s=120)
     assert endpoint.health()["kv_cache_usage"] == 0
 
 

@@ -31,7 +31,7 @@ from powerhouse.config import Config, StoragePath, parse_command_line, storage_r
 from powerhouse.errors import ClusterError, PowerhouseError
 from powerhouse.report import write_report
 
-_READY_TIMEOUT_S = 180.0
+_READY_TIMEOUT_S = 600.0
 
 
 class StageConfig(Config):

@@ -32,7 +32,7 @@ from powerhouse.errors import ClusterError
 from powerhouse.job import CHECK
 
 STATE_FILE = "cluster.json"
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 300.0
 
 
 class LocalClusterConfig(Config):

@@ -38,7 +38,7 @@ def _cluster_of(process: psutil.Process) -> str | None:
         return None
 
 
-def end_processes(cluster_id: str, head_pid: int | None, grace_s: float = 10.0) -> None:
+def end_processes(cluster_id: str, head_pid: int | None, grace_s: float = 30.0) -> None:
     """Ask the head to stop its node, then kill what is left until nothing carries the id."""
     if head_pid is not None:
         with contextlib.suppress(psutil.Error):

@@ -5,6 +5,7 @@ All that a run needs to go on lies in its own folder; nothing is left to Ray's r
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -74,8 +75,13 @@ def _on_meta(config: TrainingConfig) -> Decoder:
         return Decoder(config.model)
 
 
+# Ray's own 60 s is too short where an autoscaler must first start a node, or the workers' disk is cold.
+_START_TIMEOUT_S = 1800
+
+
 def _run_workers(config: TrainingConfig) -> None:
     """Run `work` on every worker; lost workers are replaced, and the new group goes on from the last checkpoint."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     connect("train", shows_workers=True)
     run = config.run
     scaling = ray.train.ScalingConfig(
