@@ -53,4 +53,4 @@ def test_every_job_and_file_that_the_prose_names_exists() -> None:
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"make (\w+)", README)) - {"it"}))
 def test_every_make_target_named_is_there(target: str) -> None:
-    subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+    assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
