@@ -11,6 +11,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from powerhouse.config import load
+from powerhouse.training.config import TrainingConfig
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -57,3 +60,10 @@ def test_the_files_its_usage_names_exist() -> None:
 
     assert len(named) >= 4
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_settings_its_usage_gives_to_a_job_are_settings() -> None:
+    header = (ROOT / "cluster.yaml").read_text().split("\ncluster_name:")[0]
+    config, overrides = re.findall(r"train_model.py --config (\S+) (.+)", header)[0]
+
+    assert load(TrainingConfig, ROOT / config, overrides.split()).run.use_gpu
