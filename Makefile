@@ -30,7 +30,10 @@ check: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Bytecode is left to the first import: compiling all of it here would take longer than the install.
+# Bytecode is written at the first import: all of it at once would take longer than the install, and none of it
+# would have every process of a cluster compile torch and Ray anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e .
