@@ -22,6 +22,9 @@ torch.set_num_threads(1)
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+# What is downloaded is kept between runs of the tests, as between runs of the demo.
+os.environ.setdefault("POWERHOUSE_CACHE", str(Path(__file__).parents[1] / "runs" / "cache"))
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from powerhouse.models.decoder import Decoder, DecoderConfig
-from powerhouse.models.hub import save_decoder
+from powerhouse.models.hub import save_model
 from powerhouse.tokenizer import Tokenizer
 
 TEXTS = [
@@ -43,6 +43,6 @@ def tiny_tokenizer() -> Tokenizer:
 def write_tiny_model(directory: Path, seed: int = 0, **changes: object) -> Path:
     """Write a whole model directory: weights, config and tokenizer."""
     model = tiny_decoder(seed, **changes)
-    save_decoder(directory, model.config, model.state_dict())
+    save_model(directory, model.config, model.state_dict())
     tiny_tokenizer().save(directory)
     return directory

@@ -42,7 +42,6 @@ class Line:
         self.http_port, self.dashboard_port = find_free_port(), find_free_port()
         self.environment = os.environ | {
             "POWERHOUSE_STORAGE": str(self.storage),
-            "POWERHOUSE_CACHE": str(folder.parent / "cache"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
         self.config = self._write_configs(folder)

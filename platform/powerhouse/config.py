@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -27,6 +27,9 @@ STORAGE_VARIABLE = "POWERHOUSE_STORAGE"
 
 class Config(BaseModel):
     """The base of every settings object: frozen, typed, and closed to unknown keys."""
+
+    positional: ClassVar[str | None] = None
+    """The setting that a bare word on the command line means; none unless a class says so."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
@@ -54,7 +57,9 @@ def parse_command_line(config_class: type[ConfigType], argv: Sequence[str], usag
     parser.add_argument("--config", type=Path, help="YAML file with the settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted path and its value, read as YAML")
     arguments = parser.parse_intermixed_args(argv)
-    return load(config_class, arguments.config, arguments.overrides)
+    bare = config_class.positional
+    overrides = [f"{bare}={word}" if bare and "=" not in word else word for word in arguments.overrides]
+    return load(config_class, arguments.config, overrides)
 
 
 def load(config_class: type[ConfigType], path: Path | None, overrides: Sequence[str] = ()) -> ConfigType:

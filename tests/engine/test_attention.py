@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from fakes import tiny_config
 from powerhouse.engine.attention import PagedAttention, PagedCache
 from powerhouse.engine.batch import ForwardBatch
-from powerhouse.models.attention import dense_attention
+from powerhouse.models.attention import Mask, dense_attention
 
 H, K, D, NUM_BLOCKS = 4, 2, 8, 64
 Sequences = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), min_size=1, max_size=5)
 
 
-@given(Sequences, st.sampled_from([1, 3, 4]), st.integers(0, 2**20))
+@given(Sequences, st.sampled_from([1, 3, 4]), st.sampled_from([None, 1, 5]), st.integers(0, 2**20))
 def test_paged_attention_over_scattered_blocks_is_dense_attention(
-    sequences: list[tuple[int, int]], block_size: int, seed: int
+    sequences: list[tuple[int, int]], block_size: int, window: int | None, seed: int
 ) -> None:
     """Each sequence is (tokens computed before, tokens now), so decodes, prompts and chunks are mixed in one batch."""
     generator = torch.Generator().manual_seed(seed)
@@ -27,11 +27,11 @@ def test_paged_attention_over_scattered_blocks_is_dense_attention(
         spans = [range(past) if is_past else range(past, past + new) for past, new in sequences]
         batch = lay_out(spans, tables, block_size)
         rows = [torch.cat([x[i][span.start : span.stop] for i, span in enumerate(spans)]) for x in (q, k, v)]
-        out_THD = PagedAttention(cache, batch)(3, *rows)
+        out_THD = PagedAttention(cache, batch)(3, *rows, window=window)
     expected = []
-    for (past, new), q_SHD, k_SKD, v_SKD in zip(sequences, q, k, v, strict=True):
-        mask_TS = torch.ones(new, past + new, dtype=torch.bool).tril(past)
-        expected.append(dense_attention(q_SHD[None, past:], k_SKD[None], v_SKD[None], mask_TS[None])[0])
+    for (past, _), q_SHD, k_SKD, v_SKD in zip(sequences, q, k, v, strict=True):
+        mask = Mask(num_past=past, window=window)
+        expected.append(dense_attention(q_SHD[None, past:], k_SKD[None], v_SKD[None], mask)[0])
     torch.testing.assert_close(out_THD, torch.cat(expected))
     assert not cache.k_LNPKD[0].any(), "layer 2 was not asked for"
 

@@ -9,9 +9,10 @@ import transformers
 from pydantic import ValidationError
 
 from fakes import tiny_config, tiny_decoder, write_tiny_model
-from powerhouse.models.attention import DenseCache, causal_attention, dense_attention
-from powerhouse.models.decoder import Decoder, next_token_loss
+from powerhouse.models.attention import DenseCache
+from powerhouse.models.decoder import Decoder
 from powerhouse.models.hub import load_decoder
+from powerhouse.models.model import token_loss
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_logits_loss_and_gradients_are_those_of_transformers(
 
     logits = ours(ids_BT[:, :-1], torch.arange(23))
     expected = theirs(ids_BT[:, :-1]).logits
-    loss = next_token_loss(logits, ids_BT[:, 1:]) / ids_BT[:, 1:].numel()
+    loss = token_loss(logits, ids_BT[:, 1:]) / ids_BT[:, 1:].numel()
     expected_loss = theirs(ids_BT, labels=ids_BT).loss
     loss.backward()
     expected_loss.backward()
@@ -53,17 +54,6 @@ def test_a_model_that_transformers_wrote_loads_and_gives_its_logits(tmp_path: Pa
     ours = load_decoder(tmp_path)
 
     torch.testing.assert_close(ours(ids_BT, torch.arange(24)), theirs(ids_BT).logits, atol=1e-4, rtol=0)
-
-
-def test_fused_causal_attention_is_the_dense_one_with_a_triangle_as_mask() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q_BTHD = torch.randn(2, 7, 4, 8, generator=generator)
-    k_BTKD, v_BTKD = torch.randn(2, 2, 7, 2, 8, generator=generator)
-    mask_BTT = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, -1, -1)
-
-    expected = dense_attention(q_BTHD, k_BTKD, v_BTKD, mask_BTT)
-
-    torch.testing.assert_close(causal_attention(0, q_BTHD, k_BTKD, v_BTKD), expected)
 
 
 @pytest.mark.parametrize("pieces", [[1] * 24, [10, 1, 13], [23, 1]])
@@ -117,7 +107,7 @@ def test_labels_of_minus_100_do_not_count() -> None:
 
     expected = -logits_BTV.log_softmax(-1)[0, [0, 2], [2, 4]].sum()
 
-    torch.testing.assert_close(next_token_loss(logits_BTV, labels_BT), expected)
+    torch.testing.assert_close(token_loss(logits_BTV, labels_BT), expected)
 
 
 @pytest.mark.parametrize(

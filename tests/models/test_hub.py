@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fakes import tiny_config, tiny_decoder, write_tiny_model
 from powerhouse.errors import ModelFormatError
-from powerhouse.models.hub import load_decoder, read_config, save_decoder
+from powerhouse.models.hub import load_decoder, read_config, save_model
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, is_tied: bool) -> None:
     model = tiny_decoder(seed=1, tie_word_embeddings=is_tied)
-    save_decoder(tmp_path, model.config, model.state_dict())
+    save_model(tmp_path, model.config, model.state_dict())
 
     loaded = load_decoder(tmp_path)
 
@@ -99,11 +99,12 @@ def test_weights_are_loaded_in_the_type_asked_for(directory: Path) -> None:
     assert {parameter.dtype for parameter in load_decoder(directory, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
-def test_a_config_of_older_transformers_is_understood(directory: Path) -> None:
+def test_a_config_of_older_transformers_is_understood(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "model", num_key_value_heads=4)
     path = directory / "config.json"
     values = json.loads(path.read_text())
     for name in ("head_dim", "num_key_value_heads", "rope_parameters"):
-        del values[name]
+        values.pop(name)
     path.write_text(json.dumps(values | {"rope_theta": 1234.0, "rope_scaling": None}))
 
     assert read_config(directory) == tiny_config(num_key_value_heads=4, rope_theta=1234.0)
@@ -113,10 +114,15 @@ BAD_DIRECTORIES: list[tuple[str, Callable[[Path], None], str]] = [
     ("no config", remove("config.json"), r"config\.json: missing"),
     ("config not JSON", write("config.json", "{"), r"config\.json: damaged"),
     ("config not an object", write("config.json", "[]"), "allowed: a JSON object"),
-    ("unknown architecture", set_config(model_type="mamba"), r"unknown architecture\n  got: mamba\n  allowed: llama"),
+    (
+        "unknown architecture",
+        set_config(model_type="mamba"),
+        r"unknown architecture\n  got: mamba\n  allowed: bert, llama, marian",
+    ),
     ("rope scaling", set_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), r"rope scaling\n  got: yarn"),
-    ("rope of the new kind", set_config(rope_parameters={"rope_type": "llama3"}), r"rope scaling\n  got: llama3"),
-    ("biases", set_config(attention_bias=True), r"attention_bias is not supported\n  got: True"),
+    ("rope of the new kind", set_config(rope_parameters={"rope_type": "longrope"}), r"rope scaling\n  got: longrope"),
+    ("biases that are not there", set_config(attention_bias=True), r"self_attn\.q_proj\.bias is missing"),
+    ("a tensor too many", set_config(num_hidden_layers=3), r"tensor model\.layers\.3\.\S+ has no place in a DecoderConfig"),
     ("another activation", set_config(hidden_act="gelu"), r"hidden_act is not supported\n  got: gelu"),
     ("heads do not divide", set_config(num_key_value_heads=3), "not 4 and 3"),
     ("config lacks a size", set_config(intermediate_size=None), "intermediate_size: missing"),

@@ -15,7 +15,7 @@ import transformers
 from distributed import run_on_ranks
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.errors import ArtifactError, TrainingError
-from powerhouse.models.hub import load_decoder, save_decoder
+from powerhouse.models.hub import load_decoder, save_model
 from powerhouse.telemetry import read_metrics
 from powerhouse.training import checkpoint
 from powerhouse.training.config import TrainingConfig
@@ -43,7 +43,7 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None) -> str | Non
         return f"{type(error).__name__}: {error}"
     state = gather_state(model)
     if dist.get_rank() == 0:
-        save_decoder(config.output, config.model, state)
+        save_model(config.output, config.model, state)
     return None
 
 

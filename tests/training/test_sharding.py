@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distributed import run_on_ranks
 from fakes import tiny_config
-from powerhouse.models.decoder import Decoder, next_token_loss
+from powerhouse.models.decoder import Decoder
+from powerhouse.models.model import token_loss
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.loop import accumulate, clip_gradients, train_step
 from powerhouse.training.objectives import causal_language_model
@@ -40,7 +41,7 @@ def reference(config: TrainingConfig, num_ignored: int) -> dict[str, Any]:
     ids = torch.randint(0, 300, (8, 17), generator=torch.Generator().manual_seed(5))
     labels = ids[:, 1:].clone()
     labels.view(-1)[:num_ignored] = -100
-    loss = next_token_loss(model(ids[:, :-1], torch.arange(16)), labels) / (8 * 16 - num_ignored)
+    loss = token_loss(model(ids[:, :-1], torch.arange(16)), labels) / (8 * 16 - num_ignored)
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)

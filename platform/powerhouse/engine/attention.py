@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from powerhouse.engine.batch import ForwardBatch
+from powerhouse.models.attention import PositionBias
 from powerhouse.models.decoder import DecoderConfig
 
 
@@ -45,8 +46,7 @@ class _Group:
 
     rows_BQ: Tensor
     table_BN: Tensor
-    bias_B1RS: Tensor
-    """0 where a query may look, -inf where not."""
+    positions_BQ: Tensor
 
 
 class PagedAttention:
@@ -60,15 +60,29 @@ class PagedAttention:
         self._cache = cache
         self._slots_T = _indices(batch.slots, cache)
         self._groups = _group(batch, cache)
+        self._biases: dict[int | None, list[Tensor]] = {}  # by window
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        /,
+        *,
+        window: int | None = None,
+        bias: PositionBias | None = None,
+    ) -> Tensor:
+        assert bias is None, "no decoder that pages its cache has a position bias"
+        if window not in self._biases:
+            self._biases[window] = [_bias(group, window, self._cache) for group in self._groups]
         k_NPKD, v_NPKD = (pages[layer - self._cache.first_layer] for pages in (self._cache.k_LNPKD, self._cache.v_LNPKD))
         k_NPKD.flatten(0, 1).index_copy_(0, self._slots_T, k_TKD)
         v_NPKD.flatten(0, 1).index_copy_(0, self._slots_T, v_TKD)
         out_THD = torch.empty_like(q_THD)
-        for group in self._groups:
+        for group, bias_B1RS in zip(self._groups, self._biases[window], strict=True):
             k_BSKD, v_BSKD = (pages[group.table_BN].flatten(1, 2) for pages in (k_NPKD, v_NPKD))
-            out_THD[group.rows_BQ] = grouped_attention(q_THD[group.rows_BQ], k_BSKD, v_BSKD, group.bias_B1RS)
+            out_THD[group.rows_BQ] = grouped_attention(q_THD[group.rows_BQ], k_BSKD, v_BSKD, bias_B1RS)
         return out_THD
 
 
@@ -93,15 +107,16 @@ def _group(batch: ForwardBatch, cache: PagedCache) -> list[_Group]:
         rows_BQ = _indices([list(range(starts[i], starts[i] + num_queries)) for i in sequences], cache)
         num_blocks = max(len(batch.block_tables[i]) for i in sequences)
         table_BN = _indices([_pad(batch.block_tables[i], num_blocks) for i in sequences], cache)
-        groups.append(_Group(rows_BQ, table_BN, _bias(positions_T[rows_BQ], num_blocks, cache)))
+        groups.append(_Group(rows_BQ, table_BN, positions_T[rows_BQ]))
     return groups
 
 
-def _bias(positions_BQ: Tensor, num_blocks: int, cache: PagedCache) -> Tensor:
-    """A sequence's key s is seen by its queries at positions s and later, which hides padding and unwritten keys too."""
-    keys_S = torch.arange(num_blocks * cache.block_size, device=positions_BQ.device)
-    is_hidden_BQS = keys_S > positions_BQ.unsqueeze(-1)
-    bias_BQS = torch.zeros(is_hidden_BQS.shape, dtype=cache.k_LNPKD.dtype, device=positions_BQ.device)
+def _bias(group: _Group, window: int | None, cache: PagedCache) -> Tensor:
+    """0 where a query may look, -inf where not [B, 1, R, S]: keys at its position and before, which hides padding too."""
+    keys_S = torch.arange(group.table_BN.shape[1] * cache.block_size, device=group.positions_BQ.device)
+    distance_BQS = group.positions_BQ.unsqueeze(-1) - keys_S
+    is_hidden_BQS = distance_BQS < 0 if window is None else (distance_BQS < 0) | (distance_BQS >= window)
+    bias_BQS = torch.zeros(distance_BQS.shape, dtype=cache.k_LNPKD.dtype, device=keys_S.device)
     return bias_BQS.masked_fill(is_hidden_BQS, float("-inf")).repeat(1, cache.num_groups, 1).unsqueeze(1)
 
 

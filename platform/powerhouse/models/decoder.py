@@ -1,30 +1,56 @@
-"""A llama-shaped causal decoder (Touvron et al. 2023): RMSNorm, rotary positions, grouped queries, SwiGLU.
+"""A causal decoder of llama's kind (Touvron et al. 2023): RMSNorm, rotary positions, grouped queries, SwiGLU.
 
-Shapes: * leading axes, C model width, V vocabulary. `Decoder(config, range(i, j))` is the slice of layers [i, j): the
-first slice also embeds, the last one also norms and projects to the vocabulary. A slice's parameter names are those of
-the whole.
+Its options make it a Mistral, a Qwen2 or a Qwen3. Shapes: * leading axes, C model width, V vocabulary.
+`Decoder(config, range(i, j))` is the slice of layers [i, j): the first slice also embeds, the last one also norms and
+projects to the vocabulary. A slice's parameter names are those of the whole, and of a Hugging Face checkpoint.
 """
 
 from __future__ import annotations
 
-import zlib
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from powerhouse.config import Config
-from powerhouse.models.attention import Attend, causal_attention
-from powerhouse.models.layers import RMSNorm, SelfAttention, SwiGLU, rope_angles
+from powerhouse.models.attention import Attend
+from powerhouse.models.kernels import causal_attention
+from powerhouse.models.layers import AttentionShape, Block, Embedding, FeedForward, Linear, RMSNorm
+from powerhouse.models.model import Model, ModelConfig
+from powerhouse.models.rope import RopeScaling, rope_angles
 
 
-class DecoderConfig(Config):
-    """The shape of a decoder; field names are those of a Hugging Face `config.json` of a llama."""
+def _size(width: int, hidden: int, layers: int, heads: int, kv_heads: int, context: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": width // heads,
+        "max_position_embeddings": context,
+        **more,
+    }
 
-    vocab_size: int = Field(gt=0)
-    """Number of token ids."""
+
+class DecoderConfig(ModelConfig):
+    """The shape of a decoder; most names are those of a Hugging Face `config.json` of a llama."""
+
+    SIZES: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "tiny": _size(192, 512, 4, 4, 2, 256, vocab_size=4096),
+        "smollm2-135m": _size(576, 1536, 30, 9, 3, 8192, vocab_size=49152, rope_theta=1e5),
+        "smollm2-360m": _size(960, 2560, 32, 15, 5, 8192, vocab_size=49152, rope_theta=1e5),
+        "llama-3.2-1b": _size(2048, 8192, 16, 32, 8, 131072, vocab_size=128256, rope_theta=5e5, rope_scaling={
+            "kind": "llama3", "factor": 32.0, "original_context": 8192}),
+        "qwen3-0.6b": _size(1024, 3072, 28, 16, 8, 40960, vocab_size=151936, rope_theta=1e6, rms_norm_eps=1e-6,
+                            architecture="qwen3", has_qk_norm=True) | {"head_dim": 128},
+        "mistral-7b": _size(4096, 14336, 32, 32, 8, 32768, vocab_size=32768, rope_theta=1e6,
+                            architecture="mistral", tie_word_embeddings=False),
+    }  # fmt: skip
+
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    """Name under which Hugging Face knows the shape: the `model_type` of an export."""
     hidden_size: int = Field(gt=0)
     """Model width C."""
     intermediate_size: int = Field(gt=0)
@@ -43,10 +69,22 @@ class DecoderConfig(Config):
     """Added under the root of every norm."""
     rope_theta: float = Field(default=10_000.0, gt=0)
     """Base of the rotary angles."""
+    rope_scaling: RopeScaling | None = None
+    """How the angles are stretched over a longer context than that of the first training."""
+    has_qkv_bias: bool = False
+    """Biases of the query, key and value projections."""
+    has_output_bias: bool = False
+    """Bias of attention's output projection."""
+    has_mlp_bias: bool = False
+    """Biases of the feed-forward projections."""
+    has_qk_norm: bool = False
+    """RMSNorm of every query and key head."""
+    sliding_window: int | None = Field(default=None, gt=0)
+    """A token sees this many positions, its own counted, in the layers that slide."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers that see everything although there is a window."""
     tie_word_embeddings: bool = True
     """The output projection is the embedding's matrix."""
-    initializer_range: float = Field(default=0.02, gt=0)
-    """Standard deviation of fresh weights."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> DecoderConfig:
@@ -55,39 +93,44 @@ class DecoderConfig(Config):
             raise ValueError(f"num_attention_heads a multiple of num_key_value_heads, not {heads} and {kv_heads}")
         return self
 
-
-class DecoderBlock(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        width, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(width, eps)
-        self.self_attn = SelfAttention(width, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.post_attention_layernorm = RMSNorm(width, eps)
-        self.mlp = SwiGLU(width, config.intermediate_size)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, layer, attend)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+    def window(self, layer: int) -> int | None:
+        """How far back a layer sees."""
+        return None if layer in self.full_attention_layers else self.sliding_window
 
 
 class DecoderBody(nn.Module):
     """What a llama checkpoint keeps under the prefix `model.`; a slice has only its part."""
 
-    embed_tokens: nn.Embedding
+    embed_tokens: Embedding
     norm: RMSNorm
 
     def __init__(self, config: DecoderConfig, layers: range) -> None:
         super().__init__()
         if layers.start == 0:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleDict({str(i): DecoderBlock(config) for i in layers})
+            self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): _block(config) for i in layers})
         if layers.stop == config.num_hidden_layers:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Decoder(nn.Module):
+def _block(config: DecoderConfig) -> Block:
+    shape = AttentionShape(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        has_qkv_bias=config.has_qkv_bias,
+        has_output_bias=config.has_output_bias,
+        qk_norm_eps=config.rms_norm_eps if config.has_qk_norm else None,
+    )
+    mlp = FeedForward(config.hidden_size, config.intermediate_size, "silu", is_gated=True, has_bias=config.has_mlp_bias)
+    return Block(shape, mlp, partial(RMSNorm, config.hidden_size, config.rms_norm_eps))
+
+
+class Decoder(Model):
     """Token ids in, logits out; or, as a slice, the hidden states between."""
+
+    config: DecoderConfig
 
     def __init__(self, config: DecoderConfig, layers: range | None = None) -> None:
         super().__init__()
@@ -97,16 +140,17 @@ class Decoder(nn.Module):
         self.is_last = self.layers.stop == config.num_hidden_layers
         self.model = DecoderBody(config, self.layers)
         if self.is_last:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make embedding and head one parameter again, where this slice holds both; called after weights are assigned."""
         if self.config.tie_word_embeddings and self.is_first and self.is_last:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def tied_names(self) -> dict[str, str]:
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+
     def blocks(self) -> dict[str, nn.Module]:
-        """The blocks by their number: the units that sharding, checkpointing and compilation wrap."""
         return dict(self.model.layers.items())
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend = causal_attention) -> Tensor:
@@ -117,44 +161,12 @@ class Decoder(nn.Module):
         """Everything before the vocabulary: hidden states [*, C]. The engine projects only the rows it samples."""
         if self.is_first:
             x = self.model.embed_tokens(x)
-        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        rope = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         for name, block in self.model.layers.items():
-            x = block(x, rope, int(name), attend)
+            x = block(x, int(name), attend, rope=rope, window=config.window(int(name)))
         return x
 
     def project(self, x: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(self.model.norm(x)).float()
         return logits
-
-    def initialise(self, seed: int) -> None:
-        """Fill every parameter from a generator seeded by (seed, its name): the same for any slicing or sharding."""
-        for name, parameter in self.named_parameters():
-            fill_parameter(parameter.data, name, seed, self.config.initializer_range)
-
-
-def fill_parameter(data: Tensor, name: str, seed: int, std: float) -> None:
-    """Norms become ones, matrices normal(0, std)."""
-    if data.dim() == 1:
-        data.fill_(1.0)
-        return
-    generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
-    data.copy_(torch.empty(data.shape).normal_(0.0, std, generator=generator))
-
-
-def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum of the cross-entropy in nats over the labels that are not -100."""
-    return F.cross_entropy(logits_BTV.flatten(0, -2), labels_BT.flatten(), ignore_index=-100, reduction="sum")
-
-
-def to_hugging_face(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` that transformers reads; the rotary base stands where both its 4th and 5th version look."""
-    values = config.model_dump()
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    fixed = {
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-        "dtype": "float32",
-        "rope_parameters": rope,
-    }
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **values, **fixed}

@@ -1,186 +1,194 @@
-"""Model directories as Hugging Face lays them out: config.json, model.safetensors (or shards with an index), tokenizer.json.
+"""Models out of and into directories as Hugging Face lays them out, and out of GGUF files.
 
-What is written here, `transformers.AutoModelForCausalLM.from_pretrained` loads, and the other way round. Never a pickle.
+What is written here, `transformers.AutoModel...from_pretrained` loads, and the other way round. Never a pickle.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from powerhouse.config import validate
 from powerhouse.errors import ConfigError, ModelFormatError
-from powerhouse.models.decoder import Decoder, DecoderConfig, to_hugging_face
+from powerhouse.models.decoder import Decoder, DecoderConfig
+from powerhouse.models.gguf import GGUFWeights
+from powerhouse.models.hugging_face import FORMATS
+from powerhouse.models.hugging_face.format import Format
+from powerhouse.models.model import Model, ModelConfig
+from powerhouse.models.weights import WEIGHTS, SafetensorsWeights, Weights, read_json
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
-# Settings of a llama's config.json whose other values would need code that is not here: refused, never approximated.
-_REQUIRED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "pretraining_tp": 1}
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk: what it is, and where its tensors are."""
+
+    format: Format
+    config: ModelConfig
+    weights: Weights
+    path: Path
+
+    def names(self) -> dict[str, str]:
+        """Every parameter and buffer of the whole model -> its name in the checkpoint."""
+        model = self.build()
+        tied = model.tied_names()
+        return {name: self.format.name(tied.get(name, name), self.config) for name in model.state_dict()}
+
+    def build(self, layers: range | None = None) -> Model:
+        """The model, or a slice of a decoder, on the meta device."""
+        with torch.device("meta"):
+            if layers is None:
+                return self.format.model_class(self.config)
+            assert isinstance(self.config, DecoderConfig), "only a decoder is cut into slices"
+            return Decoder(self.config, layers)
+
+    def load(self, device: torch.device | str, dtype: torch.dtype | None, layers: range | None = None) -> Model:
+        """Build on the meta device and assign only the tensors that are held."""
+        model, names = self.build(layers), self.names()
+        wanted = {name: names[name] for name in model.state_dict()}
+        read = {theirs: self.weights.read(theirs, dtype).to(device) for theirs in dict.fromkeys(wanted.values())}
+        model.load_state_dict({name: read[theirs] for name, theirs in wanted.items()}, assign=True)
+        model.tie_weights()
+        return model.eval()
 
 
-def read_config(directory: Path) -> DecoderConfig:
-    """Read `config.json`.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the settings and the headers of a Hugging Face directory or a GGUF file, and hold them against each other.
 
     Raises:
-        ModelFormatError: the directory or the file is missing or damaged, or asks for what is not supported.
+        ModelFormatError: a file is missing, damaged or truncated, the architecture or an option is not supported, or a
+            tensor is missing, of another shape than the settings say, or has no place in the model.
     """
-    if not directory.is_dir():
-        raise ModelFormatError(f"{directory}: no such model directory", do="give a directory with config.json")
-    values = _read_json(directory / "config.json")
-    if values.get("model_type") != "llama":
-        raise ModelFormatError(
-            f"{directory / 'config.json'}: unknown architecture", got=values.get("model_type"), allowed="llama"
-        )
-    rope = values.get("rope_parameters") or {}
-    for group in (rope, values.get("rope_scaling") or {}):
-        if (rope_type := group.get("rope_type", group.get("type", "default"))) != "default":
-            raise ModelFormatError(f"{directory}: unsupported rope scaling", got=rope_type, allowed="default")
-    for name, wanted in _REQUIRED.items():
-        if values.get(name, wanted) != wanted:
-            raise ModelFormatError(f"{directory / 'config.json'}: {name} is not supported", got=values[name], allowed=wanted)
-    return _to_config(values, rope, directory / "config.json")
+    if path.suffix == ".gguf":
+        gguf = GGUFWeights(path)
+        return _checkpoint(path, gguf.config(), gguf)
+    if not path.is_dir():
+        raise ModelFormatError(f"{path}: no such model directory", do="give a directory with config.json, or a .gguf file")
+    values = read_json(path / "config.json")
+    _format(path, values)  # an unknown architecture is told before its weights are looked for
+    return _checkpoint(path, values, SafetensorsWeights(path))
 
 
-def _to_config(values: dict[str, Any], rope: dict[str, Any], source: Path) -> DecoderConfig:
-    heads = values.get("num_attention_heads", 1)
-    defaults = {
-        "num_key_value_heads": heads,
-        "head_dim": values.get("hidden_size", 0) // max(heads, 1),
-        "rope_theta": rope.get("rope_theta", 10_000.0),
-        "tie_word_embeddings": False,
-    }
-    known = {name: value for name, value in values.items() if name in DecoderConfig.model_fields and value is not None}
+def _format(path: Path, values: Mapping[str, Any]) -> Format:
+    name = values.get("model_type")
+    if name not in FORMATS:
+        raise ModelFormatError(f"{path}: unknown architecture", got=name, allowed=", ".join(sorted(FORMATS)))
+    return FORMATS[name]
+
+
+def _checkpoint(path: Path, values: Mapping[str, Any], weights: Weights) -> Checkpoint:
+    config = _read_config(path, values, weights.shapes())
+    checkpoint = Checkpoint(_format(path, values), config, weights, path)
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def _read_config(path: Path, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    form = _format(path, values)
     try:
-        return validate(DecoderConfig, {**defaults, **known}, str(source))
+        return validate(form.config_class, form.read(values, shapes), f"{path} (config.json)")
+    except ModelFormatError as error:
+        raise ModelFormatError(f"{path}: {error}") from None
     except ConfigError as error:
         raise ModelFormatError(str(error)) from None
 
 
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Every tensor of the model is there in its shape, and none is left over that might have changed what it computes."""
+    shapes, names = checkpoint.weights.shapes(), checkpoint.names()
+    for name, tensor in checkpoint.build().state_dict().items():
+        theirs = names[name]
+        if theirs not in shapes:
+            do = "fetch or export the model again"
+            raise ModelFormatError(f"{checkpoint.path}: tensor {theirs} is missing", do=do)
+        if shapes[theirs] != tuple(tensor.shape):
+            what = f"{checkpoint.path}: {theirs} has the wrong shape"
+            raise ModelFormatError(what, got=shapes[theirs], allowed=f"{tuple(tensor.shape)}, as config.json says")
+    for theirs in sorted(set(shapes) - set(names.values())):
+        if not checkpoint.format.is_ignored(theirs, checkpoint.config):
+            what = f"{checkpoint.path}: tensor {theirs} has no place in a {type(checkpoint.config).__name__}"
+            raise ModelFormatError(what, do="correct config.json, or use a model of a supported kind")
+
+
+def load_model(
+    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32, layers: range | None = None
+) -> Model:
+    """Build the model, or a slice of a decoder's layers, on the meta device and assign only the tensors it holds.
+
+    With a `dtype` of None, or the stored one, a safetensors tensor on the CPU is its memory-mapped file: no second copy.
+
+    Raises:
+        ModelFormatError: as `open_checkpoint` does.
+    """
+    return open_checkpoint(path).load(device, dtype, layers)
+
+
 def load_decoder(
-    directory: Path,
+    path: Path,
     *,
     layers: range | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Build the decoder, or a slice of its layers, on the meta device and assign only the tensors it holds.
+    """Load a model that must be a decoder.
 
     Raises:
-        ModelFormatError: a file or a tensor is missing, truncated or of another shape than the config says.
+        ModelFormatError: it is another kind, or as `open_checkpoint` does.
     """
-    config = read_config(directory)
-    with torch.device("meta"):
-        model = Decoder(config, layers)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    state = _read_tensors(directory, config, wanted, dtype, torch.device(device))
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    return model.eval()
+    checkpoint = open_checkpoint(path)
+    _decoder_config(checkpoint)
+    model = checkpoint.load(device, dtype, layers)
+    assert isinstance(model, Decoder), "a decoder's config builds a decoder"
+    return model
 
 
-def check_model(directory: Path) -> None:
-    """Make sure, by reading no more than headers, that `load_decoder` will find all that it needs.
+def read_config(path: Path) -> DecoderConfig:
+    """Read the settings of a decoder.
 
     Raises:
-        ModelFormatError: as `load_decoder` does.
+        ModelFormatError: it is another kind of model, or as `open_checkpoint` does.
     """
-    config = read_config(directory)
+    return _decoder_config(open_checkpoint(path))
+
+
+def _decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
+    config = checkpoint.config
+    if not isinstance(config, DecoderConfig):
+        what = f"{checkpoint.path}: not a decoder"
+        raise ModelFormatError(what, got=type(config).__name__, allowed="llama, mistral, qwen2, qwen3")
+    return config
+
+
+def save_model(directory: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Write the directory, weights in fp32 and tied copies left out; transformers loads it.
+
+    Raises:
+        ModelFormatError: Hugging Face has no model of this shape.
+    """
+    form = next(item for item in FORMATS.values() if _writes(item, config))
+    values = form.write(config)
     with torch.device("meta"):
-        model = Decoder(config)
-    _locate(directory, config, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-
-
-def _read_tensors(
-    directory: Path,
-    config: DecoderConfig,
-    wanted: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    places = _locate(directory, config, wanted)
-    return {name: _read_tensor(path, source, device).to(dtype) for name, (path, source) in places.items()}
-
-
-def _locate(directory: Path, config: DecoderConfig, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Path, str]]:
-    """Find each tensor's file and its name there; its shape stands in the file's header."""
-    files = _weight_files(directory)
-    places = {}
-    for name, shape in wanted.items():
-        source = name
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            source = "model.embed_tokens.weight"
-        if source not in files:
-            raise ModelFormatError(f"{directory}: tensor {source} is missing", do="fetch or export the model again")
-        with _open(files[source]) as file:
-            found = tuple(file.get_slice(source).get_shape())
-        if found != shape:
-            raise ModelFormatError(f"{directory}: {source} has the wrong shape", got=found, allowed=shape)
-        places[name] = files[source], source
-    return places
-
-
-def _weight_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it."""
-    if (directory / INDEX).is_file():
-        weight_map = _read_json(directory / INDEX).get("weight_map", {})
-        return {name: directory / file for name, file in weight_map.items()}
-    path = directory / WEIGHTS
-    if not path.is_file():
-        pickles = sorted(item.name for item in directory.glob("*.bin")) + sorted(item.name for item in directory.glob("*.pt"))
-        got = f"{', '.join(pickles)} (a pickle can run code when it is opened)" if pickles else None
-        raise ModelFormatError(f"{directory}: no {WEIGHTS}", got=got, allowed=f"{WEIGHTS} or {INDEX}")
-    with _open(path) as file:
-        return dict.fromkeys(file.keys(), path)
-
-
-def _read_tensor(path: Path, name: str, device: torch.device) -> Tensor:
-    with _open(path, device) as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-
-def _open(path: Path, device: torch.device | None = None) -> Any:
-    try:
-        return safe_open(path, framework="pt", device=str(device or "cpu"))
-    except FileNotFoundError:
-        raise ModelFormatError(f"{path}: missing, though the index names it", do="fetch the model again") from None
-    except SafetensorError as error:
-        raise ModelFormatError(f"{path}: damaged or truncated", got=error, do="fetch or export the model again") from None
-
-
-def save_decoder(directory: Path, config: DecoderConfig, state: Mapping[str, Tensor]) -> None:
-    """Write the directory, weights in fp32 and a tied head left out; transformers loads it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    is_tied = config.tie_word_embeddings
+        tied = form.model_class(config).tied_names()
     tensors = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        form.name(name, config): tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in state.items()
-        if not (is_tied and name == "lm_head.weight")
+        if name not in tied
     }
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
-    _write_json(directory / "config.json", to_hugging_face(config))
+    _write_json(directory / "config.json", values)
     _write_json(directory / "generation_config.json", {"_from_model_config": True})
+
+
+def _writes(form: Format, config: ModelConfig) -> bool:
+    return type(config) is form.config_class and getattr(form, "architecture", None) == getattr(config, "architecture", None)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFormatError(f"{path}: missing", do="give a Hugging Face model directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFormatError(f"{path}: damaged", got=error, do="fetch or export the model again") from None
-    if not isinstance(values, dict):
-        raise ModelFormatError(f"{path}: damaged", got=type(values).__name__, allowed="a JSON object")
-    return values

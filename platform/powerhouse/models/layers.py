@@ -1,16 +1,44 @@
 """The parts that the model families share.
 
 Shapes: * any leading axes ([B, T] in training, flat [T] in the engine), C model width, H query heads, K key/value
-heads, D head width, F feed-forward width. Parameter names are those of a Hugging Face checkpoint, so weights need no renaming.
+heads, D head width, F feed-forward width, S keys.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from powerhouse.models.attention import Attend
+from powerhouse.models.attention import Attend, PositionBias
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines, [*, D] each."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Linear(nn.Linear):
+    """One that is not filled when it is made: weights come from a checkpoint or from `Model.initialise`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Likewise."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class RMSNorm(nn.Module):
@@ -27,14 +55,6 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [*, D] of rotary position embeddings (Su et al. 2021, eq. 15), fp32; halves, not pairs."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
 def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotate each head by its position's angles; leading axes pass through."""
     first, second = x_THD.chunk(2, dim=-1)
@@ -42,33 +62,172 @@ def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return x_THD * cos_TD.unsqueeze(-2).to(x_THD.dtype) + rotated * sin_TD.unsqueeze(-2).to(x_THD.dtype)
 
 
-class SelfAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023); what is attended to is the `attend` value's business."""
+@dataclass(frozen=True)
+class AttentionShape:
+    """What differs between the families' attention."""
 
-    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    qk_norm_eps: float | None = None
+    """RMSNorm of each query and key head, with this epsilon (Henry et al. 2020)."""
+    is_scaled: bool = True
+    """Scores divided by sqrt(D); T5 folds the factor into its weights."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped queries (Ainslie et al. 2023); what is attended to is the `attend` value's business."""
+
+    def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+        self.shape = shape
+        kv_width = shape.num_kv_heads * shape.head_dim
+        self.q_proj = Linear(shape.width, shape.num_heads * shape.head_dim, bias=shape.has_qkv_bias)
+        self.k_proj = Linear(shape.width, kv_width, bias=shape.has_qkv_bias)
+        self.v_proj = Linear(shape.width, kv_width, bias=shape.has_qkv_bias)
+        self.o_proj = Linear(shape.num_heads * shape.head_dim, shape.width, bias=shape.has_output_bias)
+        if shape.qk_norm_eps is not None:
+            self.q_norm = RMSNorm(shape.head_dim, shape.qk_norm_eps)
+            self.k_norm = RMSNorm(shape.head_dim, shape.qk_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        q, k, v = (projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        out = attend(layer, apply_rope(q, *rope), apply_rope(k, *rope), v)
-        projected: Tensor = self.o_proj(out.flatten(-2))
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        attend: Attend,
+        rope: Rope | None = None,
+        window: int | None = None,
+        bias: PositionBias | None = None,
+    ) -> Tensor:
+        q, (k, v) = self.queries(x), self.keys_values(x)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return self.output(attend(layer, q, k, v, window=window, bias=bias))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[*, H, D], normed and with the families' scale, before rotation."""
+        q: Tensor = self.q_proj(x).unflatten(-1, (-1, self.shape.head_dim))
+        q = self.q_norm(q) if self.shape.qk_norm_eps is not None else q
+        return q if self.shape.is_scaled else q * math.sqrt(self.shape.head_dim)  # `attend` divides by it
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[*, K, D] each, keys before rotation."""
+        k, v = (projection(x).unflatten(-1, (-1, self.shape.head_dim)) for projection in (self.k_proj, self.v_proj))
+        return self.k_norm(k) if self.shape.qk_norm_eps is not None else k, v
+
+    def output(self, heads: Tensor) -> Tensor:
+        projected: Tensor = self.o_proj(heads.flatten(-2))
         return projected
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+class FeedForward(nn.Module):
+    """down(act(up(x))), or, gated, down(act(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: str, *, is_gated: bool, has_bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.activation = ACTIVATIONS[activation]
+        self.is_gated = is_gated
+        if is_gated:
+            self.gate_proj = Linear(width, hidden, bias=has_bias)
+        self.up_proj = Linear(width, hidden, bias=has_bias)
+        self.down_proj = Linear(hidden, width, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden = self.activation(self.gate_proj(x)) * self.up_proj(x) if self.is_gated else self.activation(self.up_proj(x))
+        out: Tensor = self.down_proj(hidden)
         return out
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder's cross-attention looks at: an encoder's states, as keys and values of every layer [B, S, K, D]."""
+
+    keys_values: dict[int, tuple[Tensor, Tensor]]
+    attend: Attend
+    """Over the memory's valid positions."""
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a memory, and feed-forward, each with its residual and its norm.
+
+    The norm stands before the part (Xiong et al. 2020) or after the sum (Vaswani et al. 2017).
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        mlp: FeedForward,
+        norm: Callable[[], nn.Module],
+        *,
+        is_pre_norm: bool = True,
+        has_cross_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.is_pre_norm = is_pre_norm
+        self.input_layernorm = norm()
+        self.self_attn = Attention(shape)
+        if has_cross_attention:
+            self.cross_attn_layernorm = norm()
+            self.cross_attn = Attention(shape)
+        self.post_attention_layernorm = norm()
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: Tensor,
+        layer: int,
+        attend: Attend,
+        *,
+        rope: Rope | None = None,
+        window: int | None = None,
+        bias: PositionBias | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        x = self._add(x, self.input_layernorm, lambda y: self.self_attn(y, layer, attend, rope, window, bias))
+        if memory is not None:
+            x = self._add(x, self.cross_attn_layernorm, lambda y: self._look(y, layer, memory))
+        return self._add(x, self.post_attention_layernorm, self.mlp)
+
+    def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        out: Tensor = x + part(norm(x)) if self.is_pre_norm else norm(x + part(x))
+        return out
+
+    def _look(self, x: Tensor, layer: int, memory: Memory) -> Tensor:
+        k, v = memory.keys_values[layer]
+        return self.cross_attn.output(memory.attend(layer, self.cross_attn.queries(x), k, v))
+
+
+class RelativeBias(nn.Module):
+    """T5's learned bias by bucket of distance and head (Raffel et al. 2020, section 2.1)."""
+
+    def __init__(self, num_buckets: int, max_distance: int, num_heads: int, *, is_causal: bool) -> None:
+        super().__init__()
+        self.num_buckets, self.max_distance, self.is_causal = num_buckets, max_distance, is_causal
+        self.weight = nn.Parameter(torch.zeros(num_buckets, num_heads))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """Distances (key minus query) [*] to biases [H, *]."""
+        return F.embedding(self.bucket(distance), self.weight).movedim(-1, 0)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Half of the buckets hold one distance each, the others grow as its logarithm up to `max_distance`."""
+        num_buckets, offset = self.num_buckets, torch.zeros_like(distance)
+        if self.is_causal:
+            length = (-distance).clamp(min=0)
+        else:
+            num_buckets //= 2
+            offset, length = (distance > 0).long() * num_buckets, distance.abs()
+        num_exact = num_buckets // 2
+        ratio = torch.log(length.clamp(min=1).float() / num_exact) / math.log(self.max_distance / num_exact)
+        far = (num_exact + (ratio * (num_buckets - num_exact)).long()).clamp(max=num_buckets - 1)
+        return offset + torch.where(length < num_exact, length, far)
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Fixed position encodings (Vaswani et al. 2017, section 3.5), all sines before all cosines: [*, C], fp32."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    angles = positions[..., None].double() / 10_000.0**exponents
+    return torch.cat([angles.sin(), angles.cos()[..., : width // 2]], dim=-1).float()

@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 
 from powerhouse.config import validate
-from powerhouse.models.hub import check_model
+from powerhouse.models.hub import open_checkpoint
 from powerhouse.serving.api import RETRY_AFTER_S
 from powerhouse.serving.config import ServingConfig, to_actor_options
 from powerhouse.serving.replica import PipelineReplica
@@ -37,7 +37,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         ModelFormatError: the model directory is missing or damaged.
     """
     config = validate(ServingConfig, args, "args of the Serve application")
-    check_model(config.model)
+    open_checkpoint(config.model)
     Tokenizer.load(config.model)
     bundles = config.bundles
     deployment = serve.deployment(

@@ -24,7 +24,7 @@ from powerhouse.corpora.shards import TokenRows
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ClusterError, PowerhouseError, TrainingError
 from powerhouse.models.decoder import Decoder
-from powerhouse.models.hub import save_decoder
+from powerhouse.models.hub import save_model
 from powerhouse.session import connect
 from powerhouse.telemetry import Gauge, read_metrics
 from powerhouse.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ def work(config: TrainingConfig) -> None:
     train(model, optimizer, causal_language_model, batches, config, config.output, start_step, _ray_gauges())
     state = gather_state(model)
     if dist.get_rank() == 0:
-        save_decoder(config.output, config.model, state)
+        save_model(config.output, config.model, state)
 
 
 def _read_batches(config: TrainingConfig, start_step: int, device: torch.device) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from powerhouse.models.decoder import next_token_loss
+from powerhouse.models.model import token_loss
 
 Batch = Mapping[str, Tensor]
 """Tensors whose first axis is the row."""
@@ -26,4 +26,4 @@ def causal_language_model(model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
     """Cross-entropy in nats of `labels_BT` given `inputs_BT`."""
     inputs_BT, labels_BT = batch["inputs"], batch["labels"]
     logits_BTV = model(inputs_BT, torch.arange(inputs_BT.shape[1], device=inputs_BT.device))
-    return next_token_loss(logits_BTV, labels_BT), (labels_BT != IGNORED).sum()
+    return token_loss(logits_BTV, labels_BT), (labels_BT != IGNORED).sum()
