@@ -30,36 +30,36 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     shapes = [(1, case["length"], heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=case["backward"]) for shape in shapes)
 
-    def call() -> None:
+    def call() -> float:
+        start = time.perf_counter()
         with torch.set_grad_enabled(case["backward"]):
             out = KERNELS[case["kernel"]](q, k, v, Mask())
         if case["backward"]:
             out.sum().backward()
         if device == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     if device == "cuda":
         call()  # compiles
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
-        call()
+        times = [call()]
         memory = torch.cuda.max_memory_allocated() / 2**20 - before
     else:
         KERNELS[case["kernel"]](*(x[:, :16] for x in (q, k, v)), Mask())  # loads what it needs
         before = peak_rss_mib()
-        call()
+        times = [call()]
         memory = peak_rss_mib() - before
-    times = []
-    while len(times) < 3 or (sum(times) < 1.0 and len(times) < 50):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+    while sum(times) < 1.0 and len(times) < 50:
+        times.append(call())
     return {"ms": 1e3 * min(times), "mib": memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--longest-backward", type=int, default=4096)
     parser.add_argument("--case", type=json.loads)
     arguments = parser.parse_args()
     if arguments.case:
@@ -69,6 +69,8 @@ def main() -> None:
     rows = []
     for backward in (False, True):
         for length in arguments.lengths:
+            if backward and length > arguments.longest_backward:
+                continue
             dense = None
             for kernel in kernels:
                 if kernel == "dense" and length > DENSE_LIMIT:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-import torch
 
 from fakes import tiny_decoder, tiny_tokenizer
 from powerhouse.engine import Engine, EngineConfig, LocalRunner
 from powerhouse.engine.stage import Stage
-from powerhouse.models.attention import DenseCache
 from powerhouse.models.decoder import Decoder
+from powerhouse.models.generate import GenerationConfig, generate
 from powerhouse.tokenizer import Tokenizer
 
 MakeEngine = Callable[..., Engine]
@@ -47,16 +46,4 @@ def make_engine(decoder: Decoder, tokenizer: Tokenizer) -> MakeEngine:
 @pytest.fixture(scope="session")
 def greedy_dense(decoder: Decoder) -> Callable[[Sequence[int], int], tuple[int, ...]]:
     """Likeliest tokens by a loop over the whole row with a dense cache: no pages, no batch."""
-
-    @torch.inference_mode()
-    def generate(prompt: Sequence[int], num_tokens: int) -> tuple[int, ...]:
-        cache, new, position, tokens = DenseCache(), list(prompt), 0, []
-        for _ in range(num_tokens):
-            positions = torch.arange(position, position + len(new))[None]
-            logits = decoder(torch.tensor([new]), positions, cache)
-            position += len(new)
-            new = [int(logits[0, -1].argmax())]
-            tokens += new
-        return tuple(tokens)
-
-    return generate
+    return lambda prompt, num_tokens: tuple(generate(decoder, [prompt], GenerationConfig(max_tokens=num_tokens), [])[0])

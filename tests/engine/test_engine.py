@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from fakes import write_tiny_model
 from powerhouse.engine import Completion, Engine, EngineConfig, Output, SamplingParams
 from powerhouse.errors import ConfigError, ModelFormatError, QueueFullError, RequestError
+from powerhouse.models.generate import GenerationConfig, generate
+from powerhouse.models.hub import load_decoder
 from powerhouse.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -275,6 +277,34 @@ def test_a_full_queue_is_refused_and_a_free_seat_is_room(make_engine: MakeEngine
 def test_settings_that_do_not_suit_the_model_are_refused(tmp_path: Path, values: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         Engine.from_directory(write_tiny_model(tmp_path), EngineConfig.model_validate(values))
+
+
+def test_dynamic_rope_scaling_is_refused_where_it_would_mix_requests(tmp_path: Path) -> None:
+    scaling = {"kind": "dynamic", "factor": 2.0, "original_context": 64}
+    directory = write_tiny_model(tmp_path, rope_scaling=scaling)
+    with pytest.raises(ConfigError, match="its longest request\n  got: max_model_len=128\n  allowed: 1 to 64"):
+        Engine.from_directory(directory)
+    Engine.from_directory(directory, EngineConfig(max_model_len=64))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "mistral", "sliding_window": 5},
+        {"architecture": "qwen2", "has_qkv_bias": True, "sliding_window": 6, "full_attention_layers": (0, 2)},
+        {"architecture": "qwen3", "has_qk_norm": True, "head_dim": 16, "num_key_value_heads": 4},
+        {"rope_scaling": {"kind": "llama3", "factor": 8.0, "original_context": 16}},
+    ],
+)
+def test_a_decoder_of_any_kind_gives_what_the_plain_loop_gives(tmp_path: Path, changes: dict[str, object]) -> None:
+    directory = write_tiny_model(tmp_path, **changes)
+
+    completions = list(
+        Engine.from_directory(directory, EngineConfig(max_num_batched_tokens=16, max_num_seqs=8)).generate(PROMPTS, GREEDY)
+    )
+
+    expected = generate(load_decoder(directory), PROMPTS, GenerationConfig(max_tokens=12), [])
+    assert [list(completion.token_ids) for completion in completions] == expected
 
 
 def test_a_batch_smaller_than_the_running_requests_is_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from powerhouse.engine import Engine, EngineConfig, SamplingParams
 from powerhouse.models.encoder import Encoder, pool
 from powerhouse.models.fetch import FetchModelConfig, fetch_model
 from powerhouse.models.generate import GenerationConfig, generate
@@ -61,6 +62,10 @@ def test_smollm2_answers_as_it_is_known_to_and_as_transformers_does(folder: Path
 
     assert [tokenizer.decode(ids) for ids in answers] == list(KNOWN.values())
     assert tokenizer.decode(reply[0]) == "The capital of France is Paris."
+
+    engine = Engine.from_directory(directory, EngineConfig(dtype="float32", max_model_len=512, num_blocks=256))
+    greedy = SamplingParams(max_tokens=48, temperature=0)
+    assert [completion.text for completion in engine.generate(list(KNOWN), greedy)] == list(KNOWN.values())
 
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ours = generate(model, [tokenizer.encode(text) for text in PROMPTS], GenerationConfig(max_tokens=64), stop)

@@ -38,7 +38,7 @@ class Engine:
     """Serves many requests at a time from one model. Not thread-safe: one thread adds, aborts and steps.
 
     Raises:
-        ConfigError: max_model_len is beyond the model's context.
+        ConfigError: max_model_len is beyond the model's context, or where dynamic rope scaling begins.
         ModelFormatError: the tokenizer has more tokens than the model.
     """
 
@@ -52,11 +52,18 @@ class Engine:
             raise ModelFormatError(
                 "the tokenizer has more tokens than the model", got=tokenizer.vocab_size, allowed=model_config.vocab_size
             )
+        scaling, longest = model_config.rope_scaling, config.max_model_len or context
+        if scaling and scaling.kind == "dynamic" and longest > (scaling.original_context or longest):
+            raise ConfigError(
+                "dynamic rope scaling turns all of a batch by its longest request",
+                got=f"max_model_len={longest}",
+                allowed=f"1 to {scaling.original_context}, where it changes nothing",
+            )
         self._tokenizer = tokenizer
         self._end_of_text_id = tokenizer.end_of_text_id
         self._config = config
         self._runner = runner
-        self._max_model_len = config.max_model_len or context
+        self._max_model_len = longest
         self._vocab_size = model_config.vocab_size
         self._pool = BlockPool(config.num_blocks, config.block_size)
         self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_num_batched_tokens, runner.num_slots)
