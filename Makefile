@@ -1,6 +1,6 @@
 # make demo   the whole line on this machine: real text in, an answering endpoint out; stops all it started
 # make up     the same, but leave the cluster and the endpoint running;  make down stops them
-# make test   every test;  make quick  those without Ray
+# make test   every test, in two processes: they mostly wait for Ray;  make quick  those without Ray
 # make check  style and types
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ down: .venv/installed
 	@$(LINE) down
 
 test: .venv/tested
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quick: .venv/tested
 	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)

@@ -27,11 +27,17 @@ os.environ.setdefault("POWERHOUSE_CACHE", str(Path(__file__).parents[1] / "runs"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_rank)  # the longest first, so that no process is left with them at the end
     if torch.cuda.is_available():
         return
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=on_gpu)
     items[:] = [item for item in items if item not in on_gpu]
+
+
+def _rank(item: pytest.Item) -> tuple[float, bool]:
+    timeout = item.get_closest_marker("timeout")
+    return (-float(timeout.args[0]) if timeout else 0.0, item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

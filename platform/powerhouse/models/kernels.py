@@ -52,13 +52,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _fold(q_BTHD: Tensor, k_BSKD: Tensor) -> Tensor:
     """[B, K, G * T, D]: the queries of all heads of a group, one head after the other."""
-    return _by_group(q_BTHD, k_BSKD).flatten(2, 3)
-
-
-def _by_group(q_BTHD: Tensor, k_BSKD: Tensor) -> Tensor:
-    """[B, K, G, T, D]."""
     batch, num_queries, _, width = q_BTHD.shape
-    return q_BTHD.view(batch, num_queries, k_BSKD.shape[2], -1, width).permute(0, 2, 3, 1, 4)
+    return q_BTHD.view(batch, num_queries, k_BSKD.shape[2], -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def _unfold(out_BKRD: Tensor, q_BTHD: Tensor) -> Tensor:
@@ -103,25 +98,27 @@ def _query_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: PositionBias
 
     `top` is the highest score so far, `total` and `out` the sums of exp(score - top) without and with the values.
     """
-    queries = range(start, start + q.shape[1])
-    q_BKGCD = _by_group(q, k).float() / math.sqrt(q.shape[-1])
-    num_kv_heads, num_groups = q_BKGCD.shape[1:3]
-    top = q_BKGCD.new_full((*q_BKGCD.shape[:-1], 1), float("-inf"))
-    total, out = torch.zeros_like(top), torch.zeros_like(q_BKGCD)
+    queries, num_kv_heads = range(start, start + q.shape[1]), k.shape[2]
+    q_BKRD = _fold(q, k).float() / math.sqrt(q.shape[-1])
+    top = q_BKRD.new_full((*q_BKRD.shape[:-1], 1), float("-inf"))
+    total, out = torch.zeros_like(top), torch.zeros_like(q_BKRD)
     for keys in _key_chunks(mask, queries, k.shape[1]):
         k_BKSD, v_BKSD = (x[:, keys.start : keys.stop].transpose(1, 2).float() for x in (k, v))
-        scores = torch.einsum("bkgcd,bksd->bkgcs", q_BKGCD, k_BKSD)
+        scores = q_BKRD @ k_BKSD.transpose(2, 3)
+        by_head = scores.view(len(q), num_kv_heads, -1, len(queries), len(keys))
         if bias is not None:
             added_HCS = bias(distances(mask, queries, keys, q.device))
-            scores = scores + added_HCS.view(num_kv_heads, num_groups, len(queries), len(keys))
-        scores = scores.masked_fill(~mask.block(queries, keys, q.device)[:, None, None], float("-inf"))
-        new_top = torch.maximum(top, scores.amax(-1, keepdim=True)).detach()
+            by_head += added_HCS.view(num_kv_heads, -1, len(queries), len(keys))
+        is_seen = mask.block(queries, keys, q.device)
+        if not is_seen.all():
+            by_head.masked_fill_(~is_seen[:, None, None], float("-inf"))
+        new_top = torch.maximum(top, scores.detach().amax(-1, keepdim=True))
         base = new_top.masked_fill(new_top == float("-inf"), 0.0)  # nothing seen yet: exp(-inf - 0) is 0, not nan
-        weights, shrink = (scores - base).exp(), (top - base).exp()
+        weights, shrink = scores.sub_(base).exp_(), (top - base).exp()
         total = total * shrink + weights.sum(-1, keepdim=True)
-        out = out * shrink + torch.einsum("bkgcs,bksd->bkgcd", weights, v_BKSD)
+        out = out * shrink + weights @ v_BKSD
         top = new_top
-    return (out / total).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+    return _unfold(out / total, q).to(q.dtype)
 
 
 def _key_chunks(mask: Mask, queries: range, num_keys: int) -> Iterator[range]:
