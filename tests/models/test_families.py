@@ -242,3 +242,26 @@ def test_each_family_has_named_sizes_that_are_valid() -> None:
 def test_an_unknown_size_lists_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"one of llama-3\.2-1b, mistral-7b"):
         DecoderConfig.model_validate("llama-5")
+
+
+# Published, or counted by transformers: parameters of the models that these shapes are named after.
+KNOWN_SIZES = [
+    (DecoderConfig, "smollm2-135m", {}, 134_515_008),
+    (DecoderConfig, "llama-3.2-1b", {}, 1_235_814_400),
+    (DecoderConfig, "qwen3-0.6b", {}, 596_049_920),
+    (DecoderConfig, "mistral-7b", {}, 7_248_023_552),
+    (EncoderConfig, "minilm-l6", {"head": "pooler"}, 22_713_216),
+    (EncoderConfig, "bert-base", {"head": "pooler"}, 109_482_240),
+    (T5Config, "t5-small", {}, 60_506_624),
+    (T5Config, "flan-t5-small", {}, 76_961_152),
+]
+
+
+@pytest.mark.parametrize(("config_class", "name", "changes", "num_parameters"), KNOWN_SIZES)
+def test_a_named_size_has_as_many_parameters_as_its_namesake(
+    config_class: Any, name: str, changes: dict[str, Any], num_parameters: int
+) -> None:
+    with torch.device("meta"):
+        model = CLASSES[config_class](config_class.model_validate(dict(config_class.SIZES[name]) | changes))
+
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fakes import tiny_config, tiny_decoder, write_tiny_model
 from powerhouse.errors import ModelFormatError
+from powerhouse.models import weights
 from powerhouse.models.hub import load_decoder, read_config, save_model
 
 
@@ -97,6 +98,28 @@ def test_a_directory_in_shards_is_the_same_model(directory: Path) -> None:
 
 def test_weights_are_loaded_in_the_type_asked_for(directory: Path) -> None:
     assert {parameter.dtype for parameter in load_decoder(directory, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_weights_in_their_stored_type_are_the_mapped_file_and_others_a_copy(directory: Path) -> None:
+    def is_mapped() -> bool:
+        return str(directory / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    stored = load_decoder(directory)
+    assert is_mapped()
+    expected = {name: tensor.bfloat16() for name, tensor in stored.state_dict().items()}
+    del stored
+    assert not is_mapped()
+    converted = load_decoder(directory, dtype=torch.bfloat16)
+    assert not is_mapped()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in converted.state_dict().items())
+
+
+def test_a_tensor_larger_than_a_piece_is_converted_whole(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_BUFFER_BYTES", 48)
+    expected = load_decoder(directory).state_dict()
+
+    for name, tensor in load_decoder(directory, dtype=torch.float64).state_dict().items():
+        torch.testing.assert_close(tensor, expected[name].double(), atol=0, rtol=0)
 
 
 def test_a_config_of_older_transformers_is_understood(tmp_path: Path) -> None:

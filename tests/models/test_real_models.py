@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def fetch(name: str, folder: Path) -> Path:
-    return fetch_model(FetchModelConfig(name=name, output=folder / name)).path
+    return fetch_model(FetchModelConfig(name=name, output=folder / "models" / name)).path
 
 
 def test_smollm2_answers_as_it_is_known_to_and_as_transformers_does(folder: Path) -> None:
@@ -74,6 +75,19 @@ def test_smollm2_answers_as_it_is_known_to_and_as_transformers_does(folder: Path
     expected = theirs.generate(**batch, max_new_tokens=64, do_sample=False, pad_token_id=stop[0])[:, ids.shape[1] :]
     for answer, row in zip(ours, expected.tolist(), strict=True):
         assert answer == row[: row.index(stop[0])] if stop[0] in row else answer == row
+
+
+def test_the_page_on_models_does_what_it_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    monkeypatch.setenv("POWERHOUSE_STORAGE", str(folder))
+    _, name = re.findall(r"^python (jobs/fetch_model\.py) (\S+)$", page, flags=re.MULTILINE)[0]
+    fetch_model(FetchModelConfig(name=name))
+
+    exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0], {})
+
+    assert capsys.readouterr().out == "The capital of France is Paris.\n"
 
 
 def test_a_gguf_file_is_loaded_as_the_directory_made_of_it(folder: Path) -> None:
