@@ -192,6 +192,8 @@ def _environment(cluster_id: str) -> dict[str, str]:
     environment.pop("RAY_ADDRESS", None)
     path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     marks = {CLUSTER_VARIABLE: cluster_id, STORAGE_VARIABLE: str(storage_root()), "RAY_AUTH_MODE": "token"}
+    # A head that is told to stop would first wait half a minute for its node to be drained; there is no other to take over.
+    marks["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     return environment | marks | {"PATH": path, "PYTHONUNBUFFERED": "1"}
 
 

@@ -17,7 +17,6 @@ import psutil
 from powerhouse.errors import ClusterError
 
 CLUSTER_VARIABLE = "POWERHOUSE_CLUSTER"
-_HEAD_GRACE_S = 5.0  # where something is deployed, Ray's own stop takes half a minute, and there is nothing to save
 
 
 def find_processes(cluster_id: str) -> list[psutil.Process]:
@@ -46,7 +45,7 @@ def end_processes(cluster_id: str, head_pid: int | None, grace_s: float = 30.0) 
             head = psutil.Process(head_pid)
             if _cluster_of(head) == cluster_id:  # a pid out of a stale file may be anyone's by now
                 head.terminate()
-                head.wait(_HEAD_GRACE_S)
+                head.wait(grace_s)
     deadline = time.monotonic() + grace_s
     while left := find_processes(cluster_id):
         if time.monotonic() > deadline:
