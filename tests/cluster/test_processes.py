@@ -49,17 +49,17 @@ time.sleep(600)
 
 
 def test_orphans_in_other_sessions_that_ignore_sigterm_are_found_and_ended(cluster_id: str) -> None:
-    with spawn(cluster_id, ORPHAN_MAKER) as head:
+    with spawn(cluster_id, ORPHAN_MAKER):
         wait_for_count(cluster_id, 2)
-        end_processes(cluster_id, head.pid, grace_s=30)
+        end_processes(cluster_id)
 
         assert find_processes(cluster_id) == []
 
 
-def test_a_stale_head_pid_of_another_process_is_left_alone(cluster_id: str) -> None:
+def test_a_process_of_another_cluster_is_left_alone(cluster_id: str) -> None:
     with spawn("other", "import time; time.sleep(600)") as other:
         try:
-            end_processes(cluster_id, other.pid)
+            end_processes(cluster_id)
 
             assert other.poll() is None
         finally:

@@ -107,7 +107,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End every process of the cluster and remove its temporary files."""
-        end_processes(self.cluster_id, self.head_pid)
+        end_processes(self.cluster_id)
         shutil.rmtree(self.temp_dir, ignore_errors=True)
         state = storage_root() / STATE_FILE
         if (other := read_state()) and other.cluster_id == self.cluster_id:
@@ -136,7 +136,7 @@ def start(config: LocalClusterConfig, *, outlives_us: bool) -> LocalCluster:
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is ours to handle: Ray is told to stop, in order
+            start_new_session=True,  # Ctrl-C is ours to handle
             preexec_fn=None if outlives_us else _die_with_parent,
         )
     cluster = LocalCluster(cluster_id, head.pid, temp_dir, config.dashboard_port)

@@ -38,14 +38,8 @@ def _cluster_of(process: psutil.Process) -> str | None:
         return None
 
 
-def end_processes(cluster_id: str, head_pid: int | None, grace_s: float = 30.0) -> None:
-    """Ask the head to stop its node, then kill what is left until nothing carries the id."""
-    if head_pid is not None:
-        with contextlib.suppress(psutil.Error):
-            head = psutil.Process(head_pid)
-            if _cluster_of(head) == cluster_id:  # a pid out of a stale file may be anyone's by now
-                head.terminate()
-                head.wait(grace_s)
+def end_processes(cluster_id: str, grace_s: float = 30.0) -> None:
+    """Kill until nothing carries the id. Nothing is lost by it: results count once their manifest is written."""
     deadline = time.monotonic() + grace_s
     while left := find_processes(cluster_id):
         if time.monotonic() > deadline:
