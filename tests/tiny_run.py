@@ -13,10 +13,11 @@ from fakes import TEXTS, tiny_config, tiny_tokenizer
 from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
 from powerhouse.corpora.shards import write_shard
-from powerhouse.models.decoder import Decoder
+from powerhouse.models.model import Model
 from powerhouse.training.config import TrainingConfig
+from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
-from powerhouse.training.sharding import shard
+from powerhouse.training.sharding import recompute_blocks, shard
 
 ROW_LENGTH = 17
 
@@ -48,9 +49,11 @@ def make_config(folder: Path, **changes: Any) -> TrainingConfig:
     return TrainingConfig.model_validate(values | changes)
 
 
-def sharded_model(config: TrainingConfig) -> tuple[Decoder, torch.optim.Optimizer]:
-    model = Decoder(config.model)
+def sharded_model(config: TrainingConfig) -> tuple[Model, torch.optim.Optimizer]:
+    model = method_of(config.model).model_class(config.model)
     model.initialise(config.seed)
+    if config.run.recomputes_blocks:
+        recompute_blocks(model)
     shard(model, torch.device("cpu"), {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision])
     return model, make_optimizer(model, config.optim)
 

@@ -99,6 +99,21 @@ class Artifact:
         return cls(path, manifest)
 
 
+def identify(path: Path, kind: str) -> Artifact | str:
+    """The artifact that a folder is, or, for one that Powerhouse did not write, the hash of its files.
+
+    Raises:
+        ArtifactError: the folder is unfinished work, or an artifact of another kind.
+    """
+    if (path / MANIFEST).exists() or (path / UNFINISHED).exists():
+        return Artifact.open(path, kind)
+    digest = hashlib.sha256()
+    for item in sorted(item for item in path.iterdir() if item.is_file()):
+        with item.open("rb") as file:
+            digest.update(f"{item.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def produce(
     path: Path,
     kind: str,

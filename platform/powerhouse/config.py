@@ -131,7 +131,15 @@ def _fields_at(config_class: type[Config], location: tuple[Any, ...]) -> dict[st
         if nested is None:
             return {}
         config_class = nested
-    return dict(config_class.model_fields)
+    return _fields(config_class)
+
+
+def _fields(config_class: type[Config]) -> dict[str, Any]:
+    """The settings of a group; where it is one of several kinds, those of all of them."""
+    fields = dict(config_class.model_fields)
+    for kind in config_class.__subclasses__():
+        fields = _fields(kind) | fields
+    return fields
 
 
 def _config_in(annotation: Any) -> type[Config] | None:
@@ -144,7 +152,7 @@ def _config_in(annotation: Any) -> type[Config] | None:
 def describe(config_class: type[Config], prefix: str = "") -> str:
     """One line a field: dotted path, type, default, help text."""
     lines = []
-    for name, field in config_class.model_fields.items():
+    for name, field in _fields(config_class).items():
         nested = _config_in(field.annotation)
         if nested is not None and isinstance(field.annotation, type):
             lines.append(describe(nested, f"{prefix}{name}."))

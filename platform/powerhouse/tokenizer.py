@@ -130,6 +130,12 @@ class Tokenizer:
             raise ModelFormatError(f"the tokenizer has no {name}", allowed=sorted(self.special_tokens))
         return token_id
 
+    def add_special_tokens(self, tokens: Sequence[str]) -> None:
+        """Give each its own id after all there are; one that is known keeps its id."""
+        self.core.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens])
+        self.__dict__.pop("special_ids", None)
+        self.__dict__.pop("_reader", None)
+
     def encode(self, text: str) -> list[int]:
         """Give the ids of the text alone: no special token is added, and none is read out of the text."""
         return self.encode_batch([text])[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fakes import tiny_config
+from fakes import tiny_config, tiny_tokenizer
 from powerhouse.config import load, validate
 from powerhouse.errors import ConfigError
 from powerhouse.training.config import TrainingConfig, check
@@ -52,6 +52,15 @@ def test_a_value_out_of_range_is_named_with_its_path(tmp_path: Path, key: str, v
 
 def test_settings_that_fit_pass(tmp_path: Path) -> None:
     check(make_config(tmp_path), write_tokens(tmp_path / "tokens"))
+
+
+@pytest.mark.parametrize("name", ["tiny_encoder", "tiny_t5"])
+def test_a_preset_fits_the_tokens_of_the_demo(tmp_path: Path, name: str) -> None:
+    config = load(TrainingConfig, REPOSITORY / "jobs" / "configs" / f"{name}.yaml")
+    noise = config.make_noise(tiny_tokenizer(), 257)
+
+    assert config.shape.vocab_size == 4096 + len(noise.special_tokens)
+    assert getattr(config.model, "max_position_embeddings", 257) == 257
 
 
 def test_the_demo_settings_are_valid_and_accumulate_over_two_micro_batches() -> None:

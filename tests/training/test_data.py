@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from powerhouse.training.data import RowOrder, places_of, to_batch
+from powerhouse.training.data import RowOrder, places_of
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -38,11 +37,3 @@ def test_a_place_has_the_same_row_however_it_is_asked_for() -> None:
     together = order.rows_at(np.array([20, 3, 13, 6, 7]))
 
     np.testing.assert_array_equal(together, [order.rows_at(np.array([place]))[0] for place in (20, 3, 13, 6, 7)])
-
-
-def test_labels_are_the_inputs_one_position_on() -> None:
-    batch = to_batch(np.array([[5, 6, 7, 8]], dtype=np.int32), torch.device("cpu"))
-
-    assert batch["inputs"].tolist() == [[5, 6, 7]]
-    assert batch["labels"].tolist() == [[6, 7, 8]]
-    assert batch["labels"].dtype == torch.int64

@@ -17,11 +17,13 @@ from powerhouse.corpora.shards import TokenRows
 from powerhouse.errors import ArtifactError, TrainingError
 from powerhouse.models.hub import load_decoder, save_model
 from powerhouse.telemetry import read_metrics
+from powerhouse.tokenizer import Tokenizer
 from powerhouse.training import checkpoint
 from powerhouse.training.config import TrainingConfig
-from powerhouse.training.data import RowOrder, places_of, to_batch
+from powerhouse.training.data import RowOrder, places_of
 from powerhouse.training.loop import CHECKPOINTS, METRICS, train
-from powerhouse.training.objectives import Batch, causal_language_model
+from powerhouse.training.methods import method_of
+from powerhouse.training.objectives import Batch
 from powerhouse.training.sharding import gather_state
 from tiny_run import make_config, sharded_model, write_tokens
 
@@ -38,7 +40,7 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None) -> str | Non
         if start:
             checkpoint.load(config.output / CHECKPOINTS, start, model, optimizer)
         batches = read_batches(config, start, stop_after)
-        train(model, optimizer, causal_language_model, batches, config, config.output, start)
+        train(model, optimizer, method_of(config.model).objective, batches, config, config.output, start)
     except (StopIteration, TrainingError, ArtifactError) as error:
         return f"{type(error).__name__}: {error}"
     state = gather_state(model)
@@ -48,11 +50,12 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None) -> str | Non
 
 
 def read_batches(config: TrainingConfig, start: int, stop_after: int | None) -> Iterator[Batch]:
-    rows = TokenRows(config.tokens / "rows")
+    method, rows = method_of(config.shape), TokenRows(config.tokens / "rows")
+    noise = config.make_noise(Tokenizer.load(config.tokens), rows.row_length)
     order = RowOrder(len(rows), config.seed)
     for step in range(start, config.num_steps if stop_after is None else start + stop_after):
         places = places_of(step, dist.get_rank(), dist.get_world_size(), config.global_batch_rows)
-        yield to_batch(rows.take(order.rows_at(places)), torch.device("cpu"))
+        yield method.batch(rows.take(order.rows_at(places)), places, noise, torch.device("cpu"))
 
 
 def losses(config: TrainingConfig) -> list[float]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -22,9 +23,19 @@ def test_the_rate_rises_linearly_then_falls_by_half_a_cosine_to_its_fraction() -
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
-@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(1, 0), (1, 1), (3, 5), (2, 2)])
-def test_short_runs_have_a_rate_too(num_steps: int, warmup_steps: int) -> None:
-    config = OptimConfig(lr=1.0, warmup_steps=warmup_steps)
+def test_wsd_is_stable_and_falls_by_a_straight_line_over_its_share_of_the_steps() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=4, final_lr_fraction=0.2, schedule="wsd", decay_fraction=0.25)
+    rates = [learning_rate(step, 20, config) for step in range(20)]
+
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:15] == [1.0] * 11
+    assert rates[14:] == pytest.approx([1.0, 0.84, 0.68, 0.52, 0.36, 0.2])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(1, 0), (1, 1), (3, 5), (2, 2), (5, 0)])
+def test_short_runs_have_a_rate_too(num_steps: int, warmup_steps: int, schedule: Literal["cosine", "wsd"]) -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=warmup_steps, schedule=schedule)
 
     assert all(0 < learning_rate(step, num_steps, config) <= 1 for step in range(num_steps))
 

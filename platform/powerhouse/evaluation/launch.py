@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 import powerhouse
 from powerhouse import artifacts
-from powerhouse.artifacts import MANIFEST, Artifact, Counts
+from powerhouse.artifacts import Artifact, Counts
 from powerhouse.config import Config, StoragePath
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.device import DeviceName, DtypeName, choose_device, to_dtype
@@ -70,25 +70,12 @@ def evaluate_model(config: EvaluationConfig) -> Artifact:
     """
     read_config(config.model)
     inputs = {
-        "model": _open_model(config.model),
+        "model": artifacts.identify(config.model, "model"),
         "corpus": Artifact.open(config.corpus, "corpus"),
         "tokens": Artifact.open(config.tokens, "tokens"),
     }
     settings = {"precision": config.precision}
     return artifacts.produce(config.output, "evaluation", settings, inputs, partial(_make, config=config))
-
-
-def _open_model(path: Path) -> Artifact | str:
-    """A model that Powerhouse did not write is known by the hash of its files."""
-    if (path / MANIFEST).exists():
-        return Artifact.open(path, "model")
-    digest = hashlib.sha256()
-    for item in sorted(path.iterdir()):
-        if item.suffix in (".json", ".safetensors"):
-            digest.update(item.name.encode())
-            with item.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _make(folder: Path, config: EvaluationConfig) -> Counts:

@@ -131,8 +131,9 @@ class Encoder(Model):
             pooled: Tensor = torch.tanh(self.pooler(x[:, 0]))
             return pooled
         if self.config.head == "masked_lm":
-            logits: Tensor = self.lm_head(self.head_norm(ACTIVATIONS[self.config.activation](self.head_transform(x)))).float()
-            return logits
+            x = self.head_norm(ACTIVATIONS[self.config.activation](self.head_transform(x)))
+            # Linear with its bias would return a view, on which a sharded model's hooks do not hold.
+            return nn.functional.linear(x, self.lm_head.weight).float() + self.lm_head.bias
         return x
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from powerhouse.models.attention import Attend, Kernel, Mask, RowAttention
 from powerhouse.models.kernels import causal_attention, sdpa_attention
 from powerhouse.models.layers import (
-    Attention,
     AttentionShape,
     Block,
     Embedding,
@@ -92,11 +91,6 @@ class Half(nn.Module):
             x = block(x, int(name), attend, bias=self.relative_bias, memory=memory)
         return x if self.norm is None else self.norm(x)
 
-    def remember(self, states_BSC: Tensor, attend: Attend) -> Memory:
-        """Every layer's keys and values of the encoder's states, computed once for a whole decoding."""
-        parts = {int(name): cast(Attention, block.cross_attn) for name, block in self.layers.items()}
-        return Memory({layer: part.keys_values(states_BSC) for layer, part in parts.items()}, attend)
-
 
 class EncoderDecoder(Model):
     """What both families share: encode to a memory, decode over it with or without a cache."""
@@ -124,7 +118,7 @@ class EncoderDecoder(Model):
     def remember(self, ids_BS: Tensor, valid_BS: Tensor | None = None, kernel: Kernel = sdpa_attention) -> Memory:
         """Encode the source for `forward`."""
         attend = RowAttention(Mask(is_causal=False, valid_BS=valid_BS), kernel)
-        return self.decoder.remember(self.encode(ids_BS, valid_BS, kernel), attend)
+        return Memory(self.encode(ids_BS, valid_BS, kernel), attend)
 
     def forward(self, ids_BT: Tensor, positions: Tensor, memory: Memory | None, attend: Attend = causal_attention) -> Tensor:
         """fp32 logits [B, T, V] of the target so far; a decoder without encoder takes no memory."""

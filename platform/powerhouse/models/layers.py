@@ -141,13 +141,21 @@ class FeedForward(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
 class Memory:
-    """What a decoder's cross-attention looks at: an encoder's states, as keys and values of every layer [B, S, K, D]."""
+    """What a decoder's cross-attention looks at: an encoder's states [B, S, C], and `attend` over the valid ones."""
 
-    keys_values: dict[int, tuple[Tensor, Tensor]]
-    attend: Attend
-    """Over the memory's valid positions."""
+    def __init__(self, states_BSC: Tensor, attend: Attend) -> None:
+        self.attend = attend
+        self._states_BSC = states_BSC
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keys_values(self, layer: int, attention: Attention) -> tuple[Tensor, Tensor]:
+        """A layer's [B, S, K, D] each: computed once for a whole decoding; with gradients, where the layer runs."""
+        if torch.is_grad_enabled():
+            return attention.keys_values(self._states_BSC)
+        if layer not in self._known:
+            self._known[layer] = attention.keys_values(self._states_BSC)
+        return self._known[layer]
 
 
 class Block(nn.Module):
@@ -196,7 +204,7 @@ class Block(nn.Module):
         return out
 
     def _look(self, x: Tensor, layer: int, memory: Memory) -> Tensor:
-        k, v = memory.keys_values[layer]
+        k, v = memory.keys_values(layer, self.cross_attn)
         return self.cross_attn.output(memory.attend(layer, self.cross_attn.queries(x), k, v))
 
 

@@ -12,10 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-import torch
-
-from powerhouse.corpora.shards import Rows
-from powerhouse.training.objectives import Batch
 
 Indices = npt.NDArray[np.int64]
 
@@ -47,9 +43,3 @@ def places_of(step: int, rank: int, num_ranks: int, global_batch_rows: int) -> I
     num_here = global_batch_rows // num_ranks
     start = step * global_batch_rows + rank * num_here
     return np.arange(start, start + num_here)
-
-
-def to_batch(rows_BR: Rows, device: torch.device) -> Batch:
-    """Every token is predicted from those before it in its row."""
-    tokens_BR = torch.from_numpy(rows_BR).to(device, torch.int64)
-    return {"inputs": tokens_BR[:, :-1], "labels": tokens_BR[:, 1:]}

@@ -23,18 +23,19 @@ from powerhouse.artifacts import Artifact, Counts
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ClusterError, PowerhouseError, TrainingError
-from powerhouse.models.decoder import Decoder
-from powerhouse.models.hub import save_model
+from powerhouse.models.hub import load_model, save_model
+from powerhouse.models.model import Model
 from powerhouse.session import connect
 from powerhouse.telemetry import Gauge, read_metrics
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training import checkpoint
-from powerhouse.training.config import TrainingConfig, check
-from powerhouse.training.data import RowOrder, places_of, to_batch
+from powerhouse.training.config import TrainingConfig, check, read_shape
+from powerhouse.training.data import RowOrder, places_of
 from powerhouse.training.loop import CHECKPOINTS, METRICS, train
-from powerhouse.training.objectives import Batch, causal_language_model
+from powerhouse.training.methods import method_of
+from powerhouse.training.objectives import Batch
 from powerhouse.training.optim import make_optimizer
-from powerhouse.training.sharding import gather_state, shard
+from powerhouse.training.sharding import gather_state, recompute_blocks, shard
 
 ROWS = "rows"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,31 +49,37 @@ def train_model(config: TrainingConfig) -> Artifact:
         TrainingError: the loss is not a number, or workers were lost more often than `run.max_failures`.
     """
     tokens = Artifact.open(config.tokens, "tokens")
+    config = read_shape(config)
     check(config, tokens)
     if config.precision == "auto":
         is_fast = computes_bfloat16("cuda" if config.run.use_gpu else "cpu")
         config = config.model_copy(update={"precision": "bfloat16" if is_fast else "float32"})
-    settings = config.model_dump(mode="json", exclude={"tokens", "output", "run"})
-    make = partial(_make, config=config, context=int(tokens.manifest.counts["row_length"]) - 1)
-    return artifacts.produce(config.output, "model", settings, {"tokens": tokens}, make, can_resume=True)
+    settings = config.model_dump(mode="json", exclude={"tokens", "output", "run", "start_from"})
+    inputs: dict[str, Artifact | str] = {"tokens": tokens}
+    if config.start_from:
+        inputs["start_from"] = artifacts.identify(config.start_from, "model")
+    make = partial(_make, config=config, row_length=int(tokens.manifest.counts["row_length"]))
+    return artifacts.produce(config.output, "model", settings, inputs, make, can_resume=True)
 
 
-def _make(folder: Path, config: TrainingConfig, context: int) -> Counts:
+def _make(folder: Path, config: TrainingConfig, row_length: int) -> Counts:
     _run_workers(config)
-    Tokenizer.load(config.tokens).save(folder)
+    method, tokenizer = method_of(config.shape), Tokenizer.load(config.tokens)
+    tokenizer.add_special_tokens(config.make_noise(tokenizer, row_length).special_tokens)
+    tokenizer.save(folder)
     rows = read_metrics(folder / METRICS)
     last = [row["loss"] for row in rows[-max(len(rows) // 10, 1) :]]
     return {
         "parameters": sum(parameter.numel() for parameter in _on_meta(config).parameters()),
         "steps": config.num_steps,
-        "tokens_seen": config.num_steps * config.global_batch_rows * context,
+        "tokens_seen": config.num_steps * config.global_batch_rows * method.num_positions(row_length),
         "final_loss": round(sum(last) / len(last), 4),
     }
 
 
-def _on_meta(config: TrainingConfig) -> Decoder:
+def _on_meta(config: TrainingConfig) -> Model:
     with torch.device("meta"):
-        return Decoder(config.model)
+        return method_of(config.shape).model_class(config.shape)
 
 
 # Ray's own 60 s is too short where an autoscaler must first start a node, or the workers' disk is cold.
@@ -130,27 +137,38 @@ def work(config: TrainingConfig) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
-    model = Decoder(config.model)
-    model.initialise(config.seed)
+    method, model = method_of(config.shape), make_model(config)
+    if config.run.recomputes_blocks:
+        recompute_blocks(model)
     shard(model, device, _DTYPES[config.precision])
     optimizer = make_optimizer(model, config.optim)
     start_step = checkpoint.latest_step(config.output / CHECKPOINTS)
     if start_step:
         checkpoint.load(config.output / CHECKPOINTS, start_step, model, optimizer)
     batches = _read_batches(config, start_step, device)
-    train(model, optimizer, causal_language_model, batches, config, config.output, start_step, _ray_gauges())
+    train(model, optimizer, method.objective, batches, config, config.output, start_step, _ray_gauges())
     state = gather_state(model)
     if dist.get_rank() == 0:
-        save_model(config.output, config.model, state)
+        save_model(config.output, config.shape, state)
+
+
+def make_model(config: TrainingConfig) -> Model:
+    """The model before the first step, in fp32."""
+    if config.start_from:
+        return load_model(config.start_from).train()
+    model = method_of(config.shape).model_class(config.shape)
+    model.initialise(config.seed)
+    return model
 
 
 def _read_batches(config: TrainingConfig, start_step: int, device: torch.device) -> Iterator[Batch]:
     """This worker's rows of each step, read straight from the memory-mapped shards."""
-    rows = TokenRows(config.tokens / ROWS)
+    method, rows = method_of(config.shape), TokenRows(config.tokens / ROWS)
+    noise = config.make_noise(Tokenizer.load(config.tokens), rows.row_length)
     order = RowOrder(len(rows), config.seed)
     for step in range(start_step, config.num_steps):
         places = places_of(step, dist.get_rank(), dist.get_world_size(), config.global_batch_rows)
-        yield to_batch(rows.take(order.rows_at(places)), device)
+        yield method.batch(rows.take(order.rows_at(places)), places, noise, device)
 
 
 def _ray_gauges() -> Gauge:

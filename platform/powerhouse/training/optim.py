@@ -21,11 +21,16 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Rate of step 0 .. num_steps - 1: linear up over the warm-up, then half a cosine down to the final fraction."""
+    """Rate of step 0 .. num_steps - 1: linear up over the warm-up, then down to the final fraction at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(num_steps - 1 - config.warmup_steps, 1)
-    height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    num_left = max(num_steps - 1 - config.warmup_steps, 1)
+    done = min((step - config.warmup_steps) / num_left, 1.0)
+    if config.schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        num_decay = max(min(config.decay_fraction * num_steps, num_left), 1)
+        height = min(1.0, (1 - done) * num_left / num_decay)
     return config.lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * height)
 
 

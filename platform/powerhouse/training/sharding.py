@@ -6,6 +6,7 @@ gathered, in the precision of the computation, when the block runs.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -13,13 +14,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 
 
 class HasBlocks(Protocol):
     """A model that names the units to shard."""
 
     def blocks(self) -> dict[str, nn.Module]: ...
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Keep only each block's input for the backward pass, and compute the rest again; to be called before `shard`."""
+    for block in blocks_of(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def shard(model: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
@@ -35,6 +43,8 @@ def shard(model: nn.Module, device: torch.device, compute_dtype: torch.dtype) ->
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            if hasattr(module, "remember"):  # called beside `forward`, and with the same parameters gathered
+                register_fsdp_forward_method(module, "remember")
             module.set_gradient_divide_factor(1.0)
             # A divide factor alone is a PREMUL_SUM reduction, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
