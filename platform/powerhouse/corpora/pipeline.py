@@ -24,38 +24,28 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray.data
-from pydantic import Field, field_validator
+from pydantic import Field
 from ray.data import ActorPoolStrategy
 
 from powerhouse.artifacts import Artifact, produce, write_atomically
-from powerhouse.config import Config, StoragePath
-from powerhouse.corpora.filters import QualityConfig
+from powerhouse.config import StoragePath
 from powerhouse.corpora.process import DOCUMENTS_PER_FILE, DocumentProcessor, read_files
 from powerhouse.corpora.report import make_report, sampled_rows
 from powerhouse.corpora.session import TABLES, WorkersConfig, connect
-from powerhouse.corpora.sources import InputFile, SourceConfig, identify, list_files
-from powerhouse.corpora.verdict import INDEX_COLUMNS, Verdicts, decide, reject_bad_files
+from powerhouse.corpora.sources import InputFile, identify, list_files
+from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, make_corpus_steps, make_document_steps
+from powerhouse.corpora.verdict import Verdicts, decide, reject_bad_files
 from powerhouse.telemetry import progress
 
 _TASKS_PER_WORKER = 32
 _COLUMNS = ["doc_id", "source", "kind", "path", "offset", "text"]
 
 
-class CurateConfig(Config):
+class CurateConfig(DocumentsConfig, CorpusStepsConfig):
     """Settings of jobs/curate_corpus.py."""
 
-    inputs: list[SourceConfig] = Field(min_length=1)
-    """The folders of raw text."""
     output: StoragePath
     """Folder of the corpus: train/, heldout/ and rejects/ as parquet, report.json."""
-    chunk_chars: int = Field(default=4000, ge=200)
-    """A plain text is cut at blank lines into documents of about this many characters."""
-    quality: QualityConfig = QualityConfig()
-    """Limits of the quality rules."""
-    phone_region: str = Field(default="US", pattern="^[A-Z]{2}$")
-    """Country (ISO 3166) whose national phone numbers are found; international ones always are."""
-    duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
-    """A document is removed if its estimated Jaccard similarity to a kept one reaches this."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the documents that no model trains on, chosen by the hash of the document's place."""
     max_bad_file_share: float = Field(default=0.0, ge=0, le=1)
@@ -64,14 +54,6 @@ class CurateConfig(Config):
     """Input documents behind one parquet file of each split."""
     workers: WorkersConfig = WorkersConfig()
     """How much of the cluster to take."""
-
-    @field_validator("inputs")
-    @classmethod
-    def _names_differ(cls, inputs: list[SourceConfig]) -> list[SourceConfig]:
-        names = [source.name for source in inputs]
-        if len(set(names)) < len(names):
-            raise ValueError("sources with different names")
-        return inputs
 
 
 def curate(config: CurateConfig) -> Artifact:
@@ -93,9 +75,11 @@ def _make(config: CurateConfig, files: list[InputFile], folder: Path) -> dict[st
     work = folder / "work"
     documents = work / "documents"
     _judge_documents(config, files, documents)
-    index = pads.dataset(documents).to_table(columns=INDEX_COLUMNS).sort_by("order")
+    dataset = pads.dataset(documents)
+    columns = [name for name in dataset.schema.names if name != "text"]
+    index = dataset.to_table(columns=columns).sort_by("order")
     index = reject_bad_files(index, len(files), config.max_bad_file_share)
-    verdicts = decide(index, config.duplicate_threshold, config.heldout_share)
+    verdicts = decide(index, make_corpus_steps(config), config.heldout_share)
     _write_splits(config, verdicts.index, folder, work)
     report = make_report(verdicts, _read_texts(verdicts, documents))
     write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -127,7 +111,7 @@ def _judge_documents(config: CurateConfig, files: list[InputFile], documents: Pa
         .map_batches(_read, fn_args=(files, config.chunk_chars), **TABLES, **workers.options())
         .map_batches(
             _Processor,
-            fn_constructor_args=(config.quality, config.phone_region, documents),
+            fn_constructor_args=(config, documents),
             compute=ActorPoolStrategy(size=workers.num),
             **TABLES,
             **workers.options(),
@@ -147,8 +131,8 @@ def _read(batch: pa.Table, files: list[InputFile], chunk_chars: int) -> Iterator
 class _Processor:
     """The actor: it writes the documents that it judged, and answers only the numbers of their files."""
 
-    def __init__(self, limits: QualityConfig, phone_region: str, documents: Path) -> None:
-        self._process = DocumentProcessor(limits, phone_region)
+    def __init__(self, config: CurateConfig, documents: Path) -> None:
+        self._process = DocumentProcessor(make_document_steps(config))
         self._documents = documents
 
     def __call__(self, raw: pa.Table) -> pa.Table:

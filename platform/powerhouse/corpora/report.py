@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from powerhouse.corpora.document import Removal
 from powerhouse.corpora.process import BAD_FILE
 from powerhouse.corpora.verdict import Verdicts
 
@@ -19,7 +20,7 @@ _SNIPPET_CHARS = 300
 
 def sampled_rows(verdicts: Verdicts) -> list[int]:
     """Give the rows of the index whose text the report shows."""
-    pairs = [row for found in _sample_pairs(verdicts) for row in (found.kept, found.removed)]
+    pairs = [row for found in _sample_pairs(verdicts) for row in (found.twin, found.row) if row is not None]
     return sorted({*pairs, *(row for rows in _sample_rejects(verdicts).values() for row in rows)})
 
 
@@ -29,8 +30,8 @@ def make_report(verdicts: Verdicts, texts: Mapping[int, str]) -> dict[str, Any]:
     return {
         "sources": {name: _funnel(index.filter(pc.equal(index["source"], name))) for name in _distinct(index["source"])},
         "total": _funnel(index),
-        "personal_data": {kind: pc.sum(index[f"num_{kind}"]).as_py() for kind in ("emails", "phones", "ips")},
-        "duplicates": _describe_duplicates(verdicts, texts),
+        **verdicts.sections,
+        "pairs": _describe_pairs(verdicts, texts),
         "rejects": {
             reason: [_place(index, row) | {"detail": index["detail"][row].as_py(), "text": _cut(texts[row])} for row in rows]
             for reason, rows in _sample_rejects(verdicts).items()
@@ -49,26 +50,21 @@ def _funnel(index: pa.Table) -> dict[str, Any]:
     return out
 
 
-def _describe_duplicates(verdicts: Verdicts, texts: Mapping[int, str]) -> dict[str, Any]:
-    sizes = Counter(Counter(found.kept for found in verdicts.duplicates).values())
-    return {
-        "exact": sum(found.is_exact for found in verdicts.duplicates),
-        "near": sum(not found.is_exact for found in verdicts.duplicates),
-        "clusters_by_size": {str(size + 1): count for size, count in sorted(sizes.items())},
-        "pairs": [
-            {
-                "similarity": round(found.similarity, 3),
-                "kept": _place(verdicts.index, found.kept) | {"text": _cut(texts[found.kept])},
-                "removed": _place(verdicts.index, found.removed) | {"text": _cut(texts[found.removed])},
-            }
-            for found in _sample_pairs(verdicts)
-        ],
-    }
+def _describe_pairs(verdicts: Verdicts, texts: Mapping[int, str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "similarity": round(found.similarity or 0.0, 3),
+            "reason": found.reason,
+            "kept": _place(verdicts.index, found.twin or 0) | {"text": _cut(texts[found.twin or 0])},
+            "removed": _place(verdicts.index, found.row) | {"text": _cut(texts[found.row])},
+        }
+        for found in _sample_pairs(verdicts)
+    ]
 
 
-def _sample_pairs(verdicts: Verdicts) -> list[Any]:
+def _sample_pairs(verdicts: Verdicts) -> list[Removal]:
     """The least similar pairs first: those are the ones to look at."""
-    return sorted(verdicts.duplicates, key=lambda found: (found.similarity, found.removed))[:_NUM_PAIRS]
+    return sorted(verdicts.twins, key=lambda found: (found.similarity or 0.0, found.row))[:_NUM_PAIRS]
 
 
 def _sample_rejects(verdicts: Verdicts) -> dict[str, list[int]]:
