@@ -11,10 +11,13 @@ import hashlib
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import phonenumbers
+import pyarrow as pa
 
+from powerhouse.corpora.document import Columns, Draft
 from powerhouse.corpora.identifiers import NATIONAL_IDS, is_card, is_iban, is_public_address, is_random
 
 KINDS = ("SECRET", "EMAIL", "IBAN", "CARD", "NATIONAL_ID", "IP", "PHONE")
@@ -22,37 +25,49 @@ KINDS = ("SECRET", "EMAIL", "IBAN", "CARD", "NATIONAL_ID", "IP", "PHONE")
 
 Span = tuple[int, int, str]
 
-_EMAIL = re.compile(
-    r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-zA-Z0-9-]{1,63}\.){1,8}[a-zA-Z]{2,24}(?![\w-]|\.\w|:\w)"
-    r"|(?<![\w.+-])[\w.+-]{1,64} ?[\[(]at[\])] ?[\w-]{1,63} ?[\[(]dot[\])] ?[a-zA-Z]{2,24}\b"
-)
+_AFTER_AT = re.compile(r"@(?:[a-zA-Z0-9-]{1,63}\.){1,8}[a-zA-Z]{2,24}(?![\w-]|\.\w|:\w)")
+_BEFORE_AT = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}$")
+_SPELT_OUT = re.compile(r"\b[\w.+-]{1,64} ?[\[(]at[\])] ?[\w-]{1,63} ?[\[(]dot[\])] ?[a-zA-Z]{2,24}\b")
 _FILE = re.compile(r"\.(?:png|jpe?g|gif|svg|webp|ico|css|js|html?|php|py|so|whl|zip|gz)$", re.IGNORECASE)
-_IPV4 = re.compile(r"(?<![\w.])(?<![A-Za-z]/)(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\w)")
-_IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}(?::[0-9a-fA-F]{0,4}){2,7}(?![\w:])")
+# What stands before is looked at after the first digit: the search for one is faster than that for a place.
+_IPV4 = re.compile(r"\d(?<![\w.].)(?<![A-Za-z]/.)\d{0,2}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?![\w.]*\w)")
+_IPV6 = re.compile(r"[23](?<![\w:.].)[0-9a-fA-F]{3}(?::[0-9a-fA-F]{0,4}){2,7}(?![\w:])")
 _CARD = re.compile(r"(?<![\w.+-])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}|\d{4}([ -])\d{6}\2\d{4,5}|\d{13,19})(?![\w-]|\.\d)")
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?:([ -]?)[A-Z0-9]{4}(?:\1[A-Z0-9]{4}){1,6}(?:\1[A-Z0-9]{1,3})?)(?!\w)")
-_NATIONAL_IDS = [(re.compile(rf"(?<![\w.+-]){form}(?![\w-]|\.\d)"), is_valid) for form, is_valid in NATIONAL_IDS.values()]
-_SECRET = re.compile(
+_CHECKED: list[tuple[re.Pattern[str], Callable[[str], bool], str]] = [
+    (_IBAN, is_iban, "IBAN"),
+    (_CARD, is_card, "CARD"),
+    *(
+        (re.compile(rf"(?<![\w.+-])(?:{form})(?![\w-]|\.\d)"), is_valid, "NATIONAL_ID")
+        for form, is_valid in NATIONAL_IDS.values()
+    ),
+]
+_KEY_STARTS = (
+    "AKIA", "ASIA", "gho_", "ghp_", "ghr_", "ghs_", "ghu_", "github_pat_", "glpat-", "xox", "k_live_", "k_test_", "sk-", "AIza",
+    "hf_", "npm_", "pypi-", "eyJ",
+)  # fmt: skip
+_KEY = re.compile(
     r"(?<!\w)(?:A[KS]IA[0-9A-Z]{16}|gh[opsru]_\w{36,255}|github_pat_\w{22,255}|glpat-[\w-]{20,64}|xox[abprs]-[\w-]{10,255}"
     r"|[rs]k_(?:live|test)_\w{16,255}|sk-(?:proj-|ant-)?[\w-]{20,255}|AIza[\w-]{35}|hf_\w{30,64}|npm_\w{36}|pypi-[\w-]{50,255}"
     r"|eyJ[\w-]{8,4096}\.eyJ[\w-]{8,4096}\.[\w-]{8,4096})(?![\w-])"
 )
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?P<name>[A-Z ]{0,20}PRIVATE KEY)-----[\s\w+/=:,-]{16,8192}?-----END (?P=name)-----")
-_ASSIGNED = re.compile(
-    r"(?i:pass(?:word|wd|phrase)|secret|token|api[_-]?key|access[_-]?key)[\"']?\s{0,3}[:=]\s{0,3}[\"']?"
-    r"(?P<value>[\w+/=.~!@#$%^&*-]{12,256})(?![\w(\[])"
-    r"|://[^\s/@:]{1,64}:(?P<password>[^\s/@:]{3,128})(?=@)"
-)
-_MAYBE_PHONE = re.compile(r"\d(?:[\s().+/-]{0,3}\d){6}")
+_ASSIGNED = re.compile(r"[:=]\s{0,3}[\"']?([\w+/=.~!@#$%^&*-]{12,256})(?![\w(\[])")
+_SECRET_NAME = re.compile(r"(?:pass(?:word|wd|phrase)|secret|token|api[_-]?key|access[_-]?key)[\"']?\s{0,3}$", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"://[^\s/@:]{1,64}:([^\s/@:<]{3,128})(?=@)")
 _DIALLED = re.compile(
-    r"(?:tel|phone|call|fax|mobile|cell|whatsapp|dial|ring|sms|text|contact|number is)\W{0,3}(?:\w+\W+){0,3}$", re.I
+    r"(?:tel|phone|call|fax|mobile|cell|whatsapp|dial|ring|sms|text|contact|number is)\W{0,3}(?:\w+\W+){0,3}$", re.IGNORECASE
 )
+_OTHER_FORM = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}|\d{6}[-+]\d{4}|\d{3}\.\d{3}\.\d{3}-\d{2}")
+"""An address, a Swedish or a Brazilian number: those that are none are no phone number either."""
 _OTHER_NUMBER = re.compile(
     r"(?:isbn|issn|doi|10\.\d{4,9}/\S*|arxiv|pmid|oclc|lccn|rfc|version|ver\.?|release|build|section|chapter|figure|table|oid"
     r"|\bv)(?:-1[03])?[\s:#=.(]{0,3}$",
     re.IGNORECASE,
 )
 _CONTEXT_CHARS = 40
+_MIN_DIGITS = 6
+_WINDOW_CHARS = 24
 _PSEUDONYM_LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")  # no digits, which could look like a number
 
 
@@ -72,14 +87,33 @@ def redact(text: str, phone_region: str, key: str | None = None) -> tuple[str, d
 
 def find(text: str, phone_region: str) -> list[Span]:
     """Give start, stop and kind of all that is personal, in order and without overlaps."""
-    has_digits = any(digit in text for digit in "0123456789")
+    windows = digit_windows(text)
     taken: list[Span] = []
-    for finder in (_secrets, _emails):
-        _take(taken, finder(text))
-    if has_digits:
-        for spans in (_numbers(text), _addresses(text), _phones(text, phone_region)):
-            _take(taken, spans)
+    for spans in (
+        _secrets(text),
+        _emails(text),
+        _numbers(text, windows),
+        _addresses(text),
+        _phones(text, windows, phone_region),
+    ):
+        _take(taken, spans)
     return taken
+
+
+def digit_windows(text: str) -> list[tuple[int, int]]:
+    """Give the stretches of a text that have 6 digits within 24 characters, and 24 characters around each."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    digits = np.flatnonzero((codes >= ord("0")) & (codes <= ord("9")))
+    last = _MIN_DIGITS - 1
+    is_dense = digits[last:] - digits[:-last] < _WINDOW_CHARS
+    windows: list[tuple[int, int]] = []
+    for first, final in zip(digits[:-last][is_dense].tolist(), digits[last:][is_dense].tolist(), strict=True):
+        start, stop = max(0, first - _WINDOW_CHARS), min(len(text), final + 1 + _WINDOW_CHARS)
+        if windows and start <= windows[-1][1]:
+            windows[-1] = (windows[-1][0], stop)
+        else:
+            windows.append((start, stop))
+    return windows
 
 
 def _take(taken: list[Span], spans: Iterator[Span]) -> None:
@@ -100,28 +134,33 @@ def _tag(kind: str, value: str, key: str | None) -> str:
 
 
 def _secrets(text: str) -> Iterator[Span]:
-    for pattern in (_PRIVATE_KEY, _SECRET):
-        yield from ((*match.span(), "SECRET") for match in pattern.finditer(text) if is_random(match.group()))
+    if "PRIVATE KEY-----" in text:
+        yield from ((*match.span(), "SECRET") for match in _PRIVATE_KEY.finditer(text))
+    if any(start in text for start in _KEY_STARTS):
+        yield from ((*match.span(), "SECRET") for match in _KEY.finditer(text) if is_random(match.group()))
     for match in _ASSIGNED.finditer(text):
-        name = match.lastgroup or ""
-        if name == "password" or is_random(match[name]):
-            yield (*match.span(name), "SECRET")
+        if _SECRET_NAME.search(text[max(0, match.start() - _CONTEXT_CHARS) : match.start()]) and is_random(match[1]):
+            yield (*match.span(1), "SECRET")
+    if "://" in text and "@" in text:
+        yield from ((*match.span(1), "SECRET") for match in _IN_ADDRESS.finditer(text))
 
 
 def _emails(text: str) -> Iterator[Span]:
-    if "@" in text or "at]" in text or "at)" in text:
-        yield from ((*match.span(), "EMAIL") for match in _EMAIL.finditer(text) if not _FILE.search(match.group()))
+    if "@" in text:
+        for match in _AFTER_AT.finditer(text):
+            local = _BEFORE_AT.search(text[max(0, match.start() - 65) : match.start()])
+            if local and not _FILE.search(match.group()):
+                yield match.start() - len(local.group()), match.end(), "EMAIL"
+    if "dot]" in text or "dot)" in text:
+        yield from ((*match.span(), "EMAIL") for match in _SPELT_OUT.finditer(text))
 
 
-def _numbers(text: str) -> Iterator[Span]:
-    for pattern, is_valid, kind in (
-        (_IBAN, is_iban, "IBAN"),
-        (_CARD, is_card, "CARD"),
-        *((pattern, is_valid, "NATIONAL_ID") for pattern, is_valid in _NATIONAL_IDS),
-    ):
-        for match in pattern.finditer(text):
-            if is_valid(match.group()) and not _is_other_number(text, match.start()):
-                yield (*match.span(), kind)
+def _numbers(text: str, windows: list[tuple[int, int]]) -> Iterator[Span]:
+    for pattern, is_valid, kind in _CHECKED:
+        for start, stop in windows:
+            for match in pattern.finditer(text, start, stop):
+                if is_valid(match.group()) and not _is_other_number(text, match.start()):
+                    yield (*match.span(), kind)
 
 
 def _addresses(text: str) -> Iterator[Span]:
@@ -131,16 +170,37 @@ def _addresses(text: str) -> Iterator[Span]:
                 yield (*match.span(), "IP")
 
 
-def _phones(text: str, region: str) -> Iterator[Span]:
-    if not _MAYBE_PHONE.search(text):
-        return
-    for match in phonenumbers.PhoneNumberMatcher(text, region, max_tries=len(text)):
-        before = text[max(0, match.start - _CONTEXT_CHARS) : match.start]
-        is_bare = match.raw_string.isdigit()
-        if not _is_other_number(text, match.start) and (not is_bare or _DIALLED.search(before)):
-            yield match.start, match.end, "PHONE"
+def _phones(text: str, windows: list[tuple[int, int]], region: str) -> Iterator[Span]:
+    for first, last in windows:
+        for match in phonenumbers.PhoneNumberMatcher(text[first:last], region, max_tries=last - first):
+            raw = match.raw_string
+            is_in_brackets = raw.startswith("(") and ")" not in raw  # "(+48 12 ...)": the bracket is the sentence's
+            start, stop = first + match.start + is_in_brackets, first + match.end
+            number = raw.strip("() ")
+            # Ten digits alone are more often a number of something else.
+            is_named = not number.isdigit() or _DIALLED.search(text[max(0, start - _CONTEXT_CHARS) : start])
+            if is_named and not _OTHER_FORM.fullmatch(number) and not _is_other_number(text, start):
+                yield start, stop, "PHONE"
 
 
 def _is_other_number(text: str, start: int) -> bool:
     """The words before say that the number is that of a book, a version, a figure."""
     return bool(_OTHER_NUMBER.search(text[max(0, start - _CONTEXT_CHARS) : start]))
+
+
+PERSONAL_COLUMNS: Columns = tuple((f"num_{kind.lower()}s", pa.int32()) for kind in KINDS)
+
+
+class Redact:
+    """The document step: personal data out, and how many of each kind as columns."""
+
+    schema = PERSONAL_COLUMNS
+
+    def __init__(self, phone_region: str, key: str | None = None) -> None:
+        self._phone_region = phone_region
+        self._key = key
+
+    def __call__(self, draft: Draft) -> None:
+        text, found = redact(draft.text, self._phone_region, self._key)
+        draft.replace_text(text)
+        draft.columns |= {name: found.get(kind, 0) for kind, (name, _) in zip(KINDS, PERSONAL_COLUMNS, strict=True)}
