@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from planted import personal_data
 from powerhouse.corpora.document import Draft, RawDocument
-from powerhouse.corpora.redact import KINDS, Redact, digit_windows, find, redact
+from powerhouse.corpora.redact import KINDS, Redact, digit_windows, find, read_key, redact
+from powerhouse.errors import InputError
 
 FOUND = [
     ("Write to ada.lovelace+notes@example.co.uk.", "Write to <EMAIL>.", {"EMAIL": 1}),
@@ -107,3 +109,14 @@ def test_the_step_changes_the_text_and_counts_every_kind() -> None:
     step(draft)
     assert draft.text == "<EMAIL> from <IP>"
     assert draft.columns == {name: int(name in ("num_emails", "num_ips")) for name, _ in step.schema}
+
+
+def test_a_key_is_read_from_its_file_and_a_missing_or_short_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\xff" * 16 + b"\n")
+    assert read_key(tmp_path / "key") == "ff" * 16
+    assert read_key(None) is None
+    (tmp_path / "key").write_bytes(b"short\n")
+    with pytest.raises(InputError, match="too short for a key\n  got: 5 bytes\n  allowed: 16 or more"):
+        read_key(tmp_path / "key")
+    with pytest.raises(InputError, match="the key of the pseudonyms cannot be read"):
+        read_key(tmp_path / "nowhere")

@@ -33,7 +33,7 @@ from powerhouse.corpora.process import DOCUMENTS_PER_FILE, DocumentProcessor, re
 from powerhouse.corpora.report import make_report, sampled_rows
 from powerhouse.corpora.session import TABLES, WorkersConfig, connect
 from powerhouse.corpora.sources import InputFile, identify, list_files
-from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, make_corpus_steps, make_document_steps
+from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, digest_inputs, make_corpus_steps, make_document_steps
 from powerhouse.corpora.verdict import Verdicts, decide, reject_bad_files
 from powerhouse.telemetry import progress
 
@@ -64,9 +64,10 @@ def curate(config: CurateConfig) -> Artifact:
     """
     files = list_files(config.inputs)
     identities = {source.name: identify(source) for source in config.inputs}
-    settings = config.model_dump(mode="json", exclude={"output": True, "workers": True, "inputs": {"__all__": {"path"}}})
+    places: Any = {"inputs": {"__all__": {"path"}}, "evaluation_sets": {"__all__": {"path"}}, "pseudonym_key_file": True}
+    settings = config.model_dump(mode="json", exclude={"output": True, "workers": True, **places})
     settings["folders"] = {name: folder for name, (folder, _) in identities.items()}
-    inputs = {name: content for name, (_, content) in identities.items()}
+    inputs = {name: content for name, (_, content) in identities.items()} | digest_inputs(config)
     return produce(config.output, "corpus", settings, inputs, partial(_make, config, files))
 
 

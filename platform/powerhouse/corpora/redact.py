@@ -12,6 +12,7 @@ import re
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import phonenumbers
@@ -19,6 +20,7 @@ import pyarrow as pa
 
 from powerhouse.corpora.document import Columns, Draft
 from powerhouse.corpora.identifiers import NATIONAL_IDS, is_card, is_iban, is_public_address, is_random
+from powerhouse.errors import InputError
 
 KINDS = ("SECRET", "EMAIL", "IBAN", "CARD", "NATIONAL_ID", "IP", "PHONE")
 """In the order of precedence: where two finds overlap, the kind that comes first is taken."""
@@ -66,6 +68,7 @@ _OTHER_NUMBER = re.compile(
     re.IGNORECASE,
 )
 _CONTEXT_CHARS = 40
+_MIN_KEY_BYTES = 16
 _MIN_DIGITS = 6
 _WINDOW_CHARS = 24
 _PSEUDONYM_LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")  # no digits, which could look like a number
@@ -204,3 +207,22 @@ class Redact:
         text, found = redact(draft.text, self._phone_region, self._key)
         draft.replace_text(text)
         draft.columns |= {name: found.get(kind, 0) for kind, (name, _) in zip(KINDS, PERSONAL_COLUMNS, strict=True)}
+
+
+def read_key(path: Path | None) -> str | None:
+    """Read the key of the pseudonyms; none without a file.
+
+    Raises:
+        InputError: the file is missing, or holds less than 16 bytes.
+    """
+    if path is None:
+        return None
+    try:
+        key = path.read_bytes().strip().hex()
+    except OSError as error:
+        raise InputError("the key of the pseudonyms cannot be read", got=error, do="correct pseudonym_key_file") from None
+    if len(key) < 2 * _MIN_KEY_BYTES:
+        raise InputError(
+            f"{path}: too short for a key", got=f"{len(key) // 2} bytes", allowed=f"{_MIN_KEY_BYTES} or more random bytes"
+        )
+    return key

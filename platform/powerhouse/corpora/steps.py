@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
-from powerhouse.config import Config
+from powerhouse.config import Config, StoragePath
+from powerhouse.corpora.decontaminate import Decontaminate, EvaluationSetConfig, ReportContamination, digests, read_items
 from powerhouse.corpora.dedup import RemoveDuplicates, Sign
 from powerhouse.corpora.document import CorpusStep, DocumentStep, Outcome
 from powerhouse.corpora.filters import Filter, QualityConfig
-from powerhouse.corpora.redact import PERSONAL_COLUMNS, Redact
+from powerhouse.corpora.redact import PERSONAL_COLUMNS, Redact, read_key
 from powerhouse.corpora.sources import SourceConfig
 
 
-class DocumentsConfig(Config):
+class EvaluationSetsConfig(Config):
+    """What both kinds of step look at."""
+
+    evaluation_sets: list[EvaluationSetConfig] = Field(default=[])
+    """Test items; a document that holds 13 words in a row of one is left out. List those the models will be judged by."""
+
+
+class DocumentsConfig(EvaluationSetsConfig):
     """What the document steps depend on: a change reads the text anew."""
 
     inputs: list[SourceConfig] = Field(min_length=1)
@@ -25,6 +34,8 @@ class DocumentsConfig(Config):
     """A plain text is cut at blank lines into documents of about this many characters."""
     phone_region: str = Field(default="US", pattern="^[A-Z]{2}$")
     """Country (ISO 3166) whose national phone numbers are found; international ones always are."""
+    pseudonym_key_file: StoragePath | None = None
+    """File with a key of at least 16 bytes, by which personal data become pseudonyms; without one they become tags."""
     quality: QualityConfig = QualityConfig()
     """Limits of the quality rules."""
 
@@ -37,21 +48,35 @@ class DocumentsConfig(Config):
         return inputs
 
 
-class CorpusStepsConfig(Config):
+class CorpusStepsConfig(EvaluationSetsConfig):
     """What the corpus steps depend on: a change only decides anew."""
 
     duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
     """A document is removed if its estimated Jaccard similarity to a kept one reaches this."""
 
 
+def digest_inputs(config: DocumentsConfig) -> dict[str, str]:
+    """Give the hashes of the files beside the text that the result depends on.
+
+    Raises:
+        InputError: one is missing.
+    """
+    keys = {"pseudonym_key": hashlib.sha256(key.encode()).hexdigest()} if (key := read_key(config.pseudonym_key_file)) else {}
+    return digests(config.evaluation_sets) | keys
+
+
 def make_document_steps(config: DocumentsConfig) -> list[DocumentStep]:
     """Make the steps of one worker; each sees the text that the ones before it left."""
-    return [Redact(config.phone_region), Filter(config.quality), Sign()]
+    items = read_items(config.evaluation_sets)
+    redact = Redact(config.phone_region, read_key(config.pseudonym_key_file))
+    return [redact, Filter(config.quality), *([Decontaminate(items)] if items else []), Sign()]
 
 
 def make_corpus_steps(config: CorpusStepsConfig) -> list[CorpusStep]:
     """Make the steps of the driver; each sees the reasons that the ones before it gave."""
-    return [CountPersonalData(), RemoveDuplicates(config.duplicate_threshold)]
+    items = read_items(config.evaluation_sets)
+    report = [ReportContamination(items)] if items else []
+    return [CountPersonalData(), *report, RemoveDuplicates(config.duplicate_threshold)]
 
 
 class CountPersonalData:
