@@ -16,7 +16,8 @@ from powerhouse.corpora.steps import CorpusStepsConfig, make_corpus_steps
 from powerhouse.corpora.verdict import decide, reject_bad_files
 from powerhouse.errors import ArtifactError, InputError
 
-STEPS = make_corpus_steps(CorpusStepsConfig())
+STEPS = make_corpus_steps(CorpusStepsConfig())[1:]  # all but the cut by the scores, for which test_filters.py is
+WEIGHTS = {"s": 1.0, "other": 1.0}
 
 
 def index_of(*changes: Mapping[str, Any]) -> pa.Table:
@@ -36,24 +37,24 @@ def index_of(*changes: Mapping[str, Any]) -> pa.Table:
 
 def test_the_split_is_by_the_hash_of_the_place_alone() -> None:
     index = index_of(*[{} for _ in range(8)])
-    assert decide(index, STEPS, 0.25).index["split"].to_pylist() == ["heldout"] * 4 + ["train"] * 4
-    assert decide(index.slice(3), STEPS, 0.25).index["split"].to_pylist() == ["heldout"] + ["train"] * 4
+    assert decide(index, STEPS, 0.25, WEIGHTS).index["split"].to_pylist() == ["heldout"] * 4 + ["train"] * 4
+    assert decide(index.slice(3), STEPS, 0.25, WEIGHTS).index["split"].to_pylist() == ["heldout"] + ["train"] * 4
 
 
 def test_a_duplicate_goes_and_tells_of_what_and_how_alike() -> None:
     index = index_of({}, {}, {})
     twin = {name: index[name][1].as_py() for name in ("text_hash", "signature")}
-    verdicts = decide(index_of({}, {}, twin | {"num_chars": 10}), STEPS, 0)
+    verdicts = decide(index_of({}, {}, twin | {"num_chars": 10}), STEPS, 0, WEIGHTS)
     assert verdicts.index["reason"].to_pylist() == [None, None, "exact_duplicate"]
     assert verdicts.index["detail"][2].as_py() == f"1.00 like {1 << 60}"
-    near = decide(index_of({}, {}, twin | {"num_chars": 10, "text_hash": 5}), STEPS, 0)
+    near = decide(index_of({}, {}, twin | {"num_chars": 10, "text_hash": 5}), STEPS, 0, WEIGHTS)
     assert near.index["reason"].to_pylist() == [None, None, "near_duplicate"]
 
 
 def test_a_rejected_document_is_no_reason_to_remove_its_twin() -> None:
     index = index_of({}, {})
     twin = {name: index[name][0].as_py() for name in ("text_hash", "signature")}
-    verdicts = decide(index_of({"reason": "language"}, twin), STEPS, 0)
+    verdicts = decide(index_of({"reason": "language"}, twin), STEPS, 0, WEIGHTS)
     assert verdicts.index["reason"].to_pylist() == ["language", None]
 
 
@@ -86,14 +87,14 @@ EMPTY = [
 @pytest.mark.parametrize(("changes", "share", "message"), EMPTY)
 def test_an_empty_corpus_or_split_is_one_error(changes: list[dict[str, Any]], share: float, message: str) -> None:
     with pytest.raises(InputError, match=f"(?s){message}"):
-        decide(index_of(*changes), STEPS, share)
+        decide(index_of(*changes), STEPS, share, WEIGHTS)
 
 
 def test_the_report_adds_up_and_shows_pairs_rejects_and_bad_files() -> None:
     index = index_of({}, {}, {})
     twin = {name: index[name][1].as_py() for name in ("text_hash", "signature")}
     bad = {"reason": "bad_file", "detail": "why", "source": "other", "num_chars": 0}
-    verdicts = decide(index_of({}, {}, twin | {"num_chars": 10}, {"reason": "symbols"}, bad), STEPS, 0)
+    verdicts = decide(index_of({}, {}, twin | {"num_chars": 10}, {"reason": "symbols"}, bad), STEPS, 0, WEIGHTS)
     report = make_report(verdicts, {row: f"text {row}" for row in sampled_rows(verdicts)})
     for funnel in (report["total"], *report["sources"].values()):
         assert funnel["documents"] == sum(funnel["removed"].values()) + funnel["train"]["documents"]

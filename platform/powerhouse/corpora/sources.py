@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact
 from powerhouse.config import Config, StoragePath
 from powerhouse.corpora.document import Kind
@@ -23,6 +25,8 @@ class SourceConfig(Config):
     """What it holds: book, web or wikipedia."""
     path: StoragePath
     """Folder; inside a texts artifact, or any folder of your own."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often a document of it stands in train/: 0.5 keeps half of them, chosen by their hash, 2 writes each twice."""
     glob: str = "**/*.*"
     """Which files under the folder; the ending (.txt .html .xml, each also .gz .bz2) chooses the reader."""
 
@@ -38,6 +42,7 @@ class InputFile:
     relative: str
     """Path below the source's folder, with `/`."""
     path: Path
+    size_bytes: int
 
 
 def list_files(sources: Sequence[SourceConfig]) -> list[InputFile]:
@@ -50,7 +55,7 @@ def list_files(sources: Sequence[SourceConfig]) -> list[InputFile]:
     for _, path in found:
         reader_of(path)
     return [
-        InputFile(number, source.name, source.kind, path.relative_to(source.path).as_posix(), path)
+        InputFile(number, source.name, source.kind, path.relative_to(source.path).as_posix(), path, path.stat().st_size)
         for number, (source, path) in enumerate(found)
     ]
 

@@ -13,8 +13,10 @@ from powerhouse.config import Config, StoragePath
 from powerhouse.corpora.decontaminate import Decontaminate, EvaluationSetConfig, ReportContamination, digests, read_items
 from powerhouse.corpora.dedup import RemoveDuplicates, Sign
 from powerhouse.corpora.document import CorpusStep, DocumentStep, Outcome
-from powerhouse.corpora.filters import Filter, QualityConfig
+from powerhouse.corpora.filters import Cut, QualityConfig
+from powerhouse.corpora.language import Language
 from powerhouse.corpora.redact import PERSONAL_COLUMNS, Redact, read_key
+from powerhouse.corpora.scores import Score
 from powerhouse.corpora.sources import SourceConfig
 
 
@@ -36,8 +38,6 @@ class DocumentsConfig(EvaluationSetsConfig):
     """Country (ISO 3166) whose national phone numbers are found; international ones always are."""
     pseudonym_key_file: StoragePath | None = None
     """File with a key of at least 16 bytes, by which personal data become pseudonyms; without one they become tags."""
-    quality: QualityConfig = QualityConfig()
-    """Limits of the quality rules."""
 
     @field_validator("inputs")
     @classmethod
@@ -51,6 +51,8 @@ class DocumentsConfig(EvaluationSetsConfig):
 class CorpusStepsConfig(EvaluationSetsConfig):
     """What the corpus steps depend on: a change only decides anew."""
 
+    quality: QualityConfig = QualityConfig()
+    """Limits of the quality rules."""
     duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
     """A document is removed if its estimated Jaccard similarity to a kept one reaches this."""
 
@@ -69,14 +71,14 @@ def make_document_steps(config: DocumentsConfig) -> list[DocumentStep]:
     """Make the steps of one worker; each sees the text that the ones before it left."""
     items = read_items(config.evaluation_sets)
     redact = Redact(config.phone_region, read_key(config.pseudonym_key_file))
-    return [redact, Filter(config.quality), *([Decontaminate(items)] if items else []), Sign()]
+    return [redact, Score(), Language(), *([Decontaminate(items)] if items else []), Sign()]
 
 
 def make_corpus_steps(config: CorpusStepsConfig) -> list[CorpusStep]:
     """Make the steps of the driver; each sees the reasons that the ones before it gave."""
     items = read_items(config.evaluation_sets)
     report = [ReportContamination(items)] if items else []
-    return [CountPersonalData(), *report, RemoveDuplicates(config.duplicate_threshold)]
+    return [Cut(config.quality), CountPersonalData(), *report, RemoveDuplicates(config.duplicate_threshold)]
 
 
 class CountPersonalData:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ _NUM_NAMED = 5
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The index of all documents in their order, with the columns `reason`, `detail` and `split` final."""
+    """The index of all documents in their order, with `reason`, `detail`, `split` and `num_copies` final."""
 
     index: pa.Table
     twins: list[Removal]
@@ -51,7 +51,7 @@ def reject_bad_files(index: pa.Table, num_files: int, max_share: float) -> pa.Ta
     return _replace(index, reason=[reason for reason, _ in final], detail=[detail for _, detail in final])
 
 
-def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float) -> Verdicts:
+def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float, weights: Mapping[str, float]) -> Verdicts:
     """Run the corpus steps one after the other, and split what they leave by the hash of its place.
 
     Raises:
@@ -68,8 +68,20 @@ def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float) -
     reasons = index["reason"].to_pylist()
     is_heldout = index["doc_id"].to_numpy().astype(np.float64) < heldout_share * 2.0**64
     splits = np.where([reason is not None for reason in reasons], "rejects", np.where(is_heldout, "heldout", "train"))
-    _check_not_empty(splits, reasons, heldout_share)
-    return Verdicts(_replace(index, split=splits.tolist()), twins, sections)
+    num_copies = np.where(splits == "train", _num_copies(index, weights), 1)
+    is_unwanted = num_copies == 0
+    splits[is_unwanted], num_copies[is_unwanted] = "rejects", 1
+    index = _remove(index, [Removal(int(row), "mixing_weight") for row in np.flatnonzero(is_unwanted)])
+    _check_not_empty(splits, index["reason"].to_pylist(), heldout_share)
+    index = _replace(index, split=splits.tolist()).append_column("num_copies", pa.array(num_copies))
+    return Verdicts(index, twins, sections)
+
+
+def _num_copies(index: pa.Table, weights: Mapping[str, float]) -> npt.NDArray[np.int64]:
+    """Give how often each document is wanted: of a weight of 2.3, three times for the 30% with the lowest mixed hash."""
+    wanted = np.array([weights[source] for source in index["source"].to_pylist()])
+    mixed = index["doc_id"].to_numpy() * np.uint64(0x9E3779B97F4A7C15)  # the doc_id itself decides what is held out
+    return np.asarray(np.floor(wanted + 1 - (mixed.astype(np.float64) / 2.0**64) - 1e-12), dtype=np.int64)
 
 
 def _remove(index: pa.Table, removals: Sequence[Removal]) -> pa.Table:
