@@ -305,3 +305,26 @@ ALIKE: Forms = {
         "prose": ("The secret: {}", lambda random: random.choice(["everybody-already-knew-it", "honesty-and-patience-win"])),
     },
 }  # fmt: skip
+
+
+def near_duplicates(
+    jaccard: float, num_pairs: int, seed: int = 0, num_words: int = 600
+) -> list[tuple[list[str], list[str], float]]:
+    """Give pairs of texts with about this Jaccard similarity of their 5-word shingles, and the exact one of each.
+
+    Every word is used once, so that n words replaced far from each other take 5n shingles away.
+    """
+    random = Random(f"{seed} {jaccard}")
+    num_shingles = num_words - 4
+    num_lost = num_shingles * (1 - jaccard) / (1 + jaccard)  # s = (n - k) / (n + k)
+    pairs = []
+    for pair in range(num_pairs):
+        text = [f"w{pair}x{number}" for number in range(num_words)]
+        other = list(text)
+        lost: set[int] = set()
+        while len(lost) < num_lost:
+            place = random.randrange(num_words)
+            other[place] = f"v{pair}x{place}"
+            lost |= set(range(max(0, place - 4), min(place + 1, num_shingles)))
+        pairs.append((text, other, (num_shingles - len(lost)) / (num_shingles + len(lost))))
+    return pairs

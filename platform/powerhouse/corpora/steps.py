@@ -55,6 +55,8 @@ class CorpusStepsConfig(EvaluationSetsConfig):
     """Limits of the quality rules."""
     duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
     """A document is removed if its estimated Jaccard similarity to a kept one reaches this."""
+    max_source_duplicate_share: float = Field(default=0.5, ge=0, le=1)
+    """A source that loses more of its documents than this as duplicates raises an alarm, in the log and in the report."""
 
 
 def digest_inputs(config: DocumentsConfig) -> dict[str, str]:
@@ -78,7 +80,12 @@ def make_corpus_steps(config: CorpusStepsConfig) -> list[CorpusStep]:
     """Make the steps of the driver; each sees the reasons that the ones before it gave."""
     items = read_items(config.evaluation_sets)
     report = [ReportContamination(items)] if items else []
-    return [Cut(config.quality), CountPersonalData(), *report, RemoveDuplicates(config.duplicate_threshold)]
+    return [
+        Cut(config.quality),
+        CountPersonalData(),
+        *report,
+        RemoveDuplicates(config.duplicate_threshold, config.max_source_duplicate_share),
+    ]
 
 
 class CountPersonalData:
