@@ -46,7 +46,7 @@ def read_files(files: Iterable[InputFile], chunk_chars: int) -> Iterator[pa.Tabl
 def _rows(file: InputFile, chunk_chars: int) -> Iterator[dict[str, Any]]:
     number = 0
     try:
-        for number, raw in enumerate(read_documents(file.path, chunk_chars), start=1):
+        for number, raw in enumerate(read_documents(file.location, file.options(chunk_chars)), start=1):
             yield _row(file, number - 1, raw)
     except InputError as error:
         bad = RawDocument(0, "text", "", Rejection(BAD_FILE, str(error)))
