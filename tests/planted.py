@@ -319,12 +319,12 @@ def near_duplicates(
     num_lost = num_shingles * (1 - jaccard) / (1 + jaccard)  # s = (n - k) / (n + k)
     pairs = []
     for pair in range(num_pairs):
-        text = [f"w{pair}x{number}" for number in range(num_words)]
+        text = [f"w{jaccard}x{pair}x{number}" for number in range(num_words)]
         other = list(text)
         lost: set[int] = set()
         while len(lost) < num_lost:
             place = random.randrange(num_words)
-            other[place] = f"v{pair}x{place}"
+            other[place] = f"v{jaccard}x{pair}x{place}"
             lost |= set(range(max(0, place - 4), min(place + 1, num_shingles)))
         pairs.append((text, other, (num_shingles - len(lost)) / (num_shingles + len(lost))))
     return pairs

@@ -143,15 +143,27 @@ def test_signatures_come_out_of_a_column_as_they_went_in() -> None:
     assert dedup.signatures_of(column.slice(0, 0)).shape == (0, dedup.NUM_PERMUTATIONS)
 
 
-def test_a_cluster_of_unlike_texts_is_compared_with_a_bounded_number_of_them() -> None:
-    num_members = dedup._MAX_KEPT + 2
+def test_of_a_large_cluster_of_unlike_texts_the_copies_go_and_each_is_like_one_that_is_kept() -> None:
+    num_members = 2 * dedup._MAX_KEPT
+    signatures = np.random.default_rng(0).integers(0, 2**32, (num_members, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
+    signatures[:, :8] = 7  # the band of a template, which makes one cluster of all
+    signatures[1::2] = signatures[::2]
+    signatures[1::2, 20:30] = 5
+    hashes = np.arange(num_members, dtype=np.uint64)
+    found = dedup.find_duplicates(signatures, hashes, np.full(num_members, 9), 0.8)
+    assert sorted((item.removed, item.kept) for item in found) == [(odd, odd - 1) for odd in range(1, num_members, 2)]
+    assert all(item.similarity == pytest.approx(102 / 112) for item in found)
+
+
+def test_of_a_large_cluster_only_a_bounded_number_is_compared_with_all_others() -> None:
+    """The last two are alike, share no band, and come after a thousand others."""
+    num_members = dedup._MAX_KEPT + 3
     signatures = np.random.default_rng(0).integers(0, 2**32, (num_members, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
     signatures[-1] = signatures[-2]
-    hashes = np.arange(num_members, dtype=np.uint64)
-    members = np.arange(num_members)
-    lengths = np.full(num_members, 9)
+    signatures[-1, ::8] = 5
+    hashes, lengths, members = np.arange(num_members, dtype=np.uint64), np.full(num_members, 9), np.arange(num_members)
     assert dedup.choose(members, signatures, hashes, lengths, 0.8) == []
-    found = dedup.choose(members[2:], signatures, hashes, lengths, 0.8)
+    found = dedup.choose(members[3:], signatures, hashes, lengths, 0.8)
     assert [(item.removed, item.kept) for item in found] == [(num_members - 1, num_members - 2)]
 
 

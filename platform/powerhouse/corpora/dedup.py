@@ -135,10 +135,14 @@ def clusters(num_documents: int, left: Indices, right: Indices) -> list[Indices]
 def choose(members: Indices, signatures_NP: Signatures, hashes: U64, lengths: Indices, threshold: float) -> list[Duplicate]:
     """Keep the longest member, the first of equals, and remove those like it; then the same among what is left.
 
-    Members like none of the first 1000 kept stay too: a template can chain a million texts, and all pairs would take days.
+    A template can chain a million texts, and all their pairs would take days. So of a large cluster, first those go that are
+    like the first of a band that they share; what is left is compared with the first 1000 kept, and the others stay.
     """
     left = members[np.lexsort((members, -lengths[members]))]
     removed: list[Duplicate] = []
+    if len(left) > _MAX_KEPT:
+        removed = _choose_by_band(left, signatures_NP, hashes, threshold)
+        left = left[~np.isin(left, [found.removed for found in removed])]
     for _ in range(_MAX_KEPT):
         if len(left) < 2:
             break
@@ -150,6 +154,22 @@ def choose(members: Indices, signatures_NP: Signatures, hashes: U64, lengths: In
         removed += [Duplicate(int(number), kept, float(value), bool(exact)) for number, value, exact in found]
         left = rest[~is_removed]
     return removed
+
+
+def _choose_by_band(ordered: Indices, signatures_NP: Signatures, hashes: U64, threshold: float) -> list[Duplicate]:
+    """Remove the members like a kept one that comes first in one of their bands; the best come first."""
+    left, right = candidates(np.concatenate([hashes[ordered, None], band_keys(signatures_NP[ordered])], axis=1))
+    first, later = ordered[left], ordered[right]
+    estimate = similarity(signatures_NP[first], signatures_NP[later])
+    is_exact = hashes[first] == hashes[later]
+    is_alike = is_exact | (estimate >= threshold)
+    by_place = np.flatnonzero(is_alike)[np.argsort(right[is_alike], kind="stable")]
+    removed: dict[int, Duplicate] = {}
+    for edge in by_place.tolist():
+        kept, number = int(first[edge]), int(later[edge])
+        if kept not in removed and number not in removed:
+            removed[number] = Duplicate(number, kept, float(estimate[edge]), bool(is_exact[edge]))
+    return list(removed.values())
 
 
 class Sign:
