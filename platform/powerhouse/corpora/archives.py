@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from urllib.parse import unquote
 
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
@@ -39,7 +40,8 @@ def _response(record: WarcRecord) -> RawDocument | None:
         return RawDocument(offset, "text", "", Rejection("bad_record", f"WARC record cut short: {why}"))
     if record.http_headers.status_code != 200 or record.http_content_type not in _HTML_TYPES:
         return None
-    return decode_page(offset, content, record.http_charset)
+    page = decode_page(offset, content, record.http_charset)
+    return replace(page, url=record.headers.get("WARC-Target-URI"))
 
 
 def read_epub(location: str) -> Iterator[RawDocument]:

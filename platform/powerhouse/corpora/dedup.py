@@ -195,13 +195,15 @@ class RemoveDuplicates:
         removals = list(self._remove(index))
         num_exact = sum(removal.reason == "exact_duplicate" for removal in removals)
         sizes = Counter(Counter(removal.twin for removal in removals).values())
+        shares = shares_by_source(index, removals)
         report = {
             "exact": num_exact,
             "near": len(removals) - num_exact,
             "clusters_by_size": {str(size + 1): count for size, count in sorted(sizes.items())},
-            "removed_share_by_source": shares_by_source(index, removals),
+            "removed_share_by_source": shares,
+            "alarms": self._alarms(shares),
         }
-        return Outcome(removals, report | {"alarms": self._alarms(report["removed_share_by_source"])})
+        return Outcome(removals, report)
 
     def _alarms(self, shares: dict[str, float]) -> list[str]:
         """Name the sources that lost more than they may; an alarm is for people, the corpus is made all the same."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -31,6 +33,8 @@ class RawDocument:
     content: str
     rejection: Rejection | None = None
     """Set where the file itself says that this is no text, such as a redirect."""
+    url: str | None = None
+    """Address of a page, where the file tells it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class Outcome:
     removals: Sequence[Removal] = ()
     report: dict[str, Any] = field(default_factory=dict)
     """Its section of the report: numbers, or lists and tables of plain values. Empty for none."""
+    columns: dict[str, pa.Array] = field(default_factory=dict)
+    """Columns of the index that its decision changes, such as num_chars, for all rows."""
+    repeated_lines: npt.NDArray[np.uint64] | None = None
+    """Ascending hashes of the lines to take out of every text (`repeats.line_hashes`)."""
 
 
 class CorpusStep(Protocol):

@@ -140,7 +140,9 @@ def _record(offset: int, line: bytes, column: str) -> RawDocument:
         return _bad(offset, f"not a JSON object: {error}", line[:200].decode(errors="replace"))
     if not isinstance(value, dict) or not isinstance(value.get(column), str):
         return _bad(offset, f"no text in {column!r}", line[:200].decode(errors="replace"))
-    return RawDocument(offset, "text", value[column].encode(errors="replace").decode())  # an escape may be half a character
+    url = value["url"] if isinstance(value.get("url"), str) else None
+    text = value[column].encode(errors="replace").decode()  # an escape may be half a character
+    return RawDocument(offset, "text", text, url=url.encode(errors="replace").decode() if url else None)
 
 
 def _bad(offset: int, why: str, shown: str = "") -> RawDocument:

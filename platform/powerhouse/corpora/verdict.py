@@ -28,6 +28,8 @@ class Verdicts:
     """The documents that were left out for being like a kept one."""
     sections: dict[str, dict[str, Any]]
     """What the corpus steps told for the report."""
+    repeated_lines: npt.NDArray[np.uint64]
+    """Hashes of the lines that no text keeps."""
 
 
 def reject_bad_files(index: pa.Table, num_files: int, max_share: float) -> pa.Table:
@@ -58,10 +60,15 @@ def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float, w
         InputError: nothing is left to train on, or nothing is held out.
     """
     twins: list[Removal] = []
+    repeated_lines = np.empty(0, dtype=np.uint64)
     sections = {}
     for step in steps:
         outcome = step(index)
         index = _remove(index, outcome.removals)
+        for column, values in outcome.columns.items():
+            index = index.set_column(index.column_names.index(column), column, values)
+        if outcome.repeated_lines is not None:
+            repeated_lines = outcome.repeated_lines
         twins += [removal for removal in outcome.removals if removal.twin is not None]
         if outcome.report:
             sections[step.name] = outcome.report
@@ -74,7 +81,7 @@ def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float, w
     index = _remove(index, [Removal(int(row), "mixing_weight") for row in np.flatnonzero(is_unwanted)])
     _check_not_empty(splits, index["reason"].to_pylist(), heldout_share)
     index = _replace(index, split=splits.tolist()).append_column("num_copies", pa.array(num_copies))
-    return Verdicts(index, twins, sections)
+    return Verdicts(index, twins, sections, repeated_lines)
 
 
 def _num_copies(index: pa.Table, weights: Mapping[str, float]) -> npt.NDArray[np.int64]:
