@@ -10,7 +10,8 @@ from powerhouse.config import load
 from powerhouse.corpora.document import Draft, RawDocument
 from powerhouse.corpora.filters import RULES, Cut, QualityConfig
 from powerhouse.corpora.language import Language
-from powerhouse.corpora.scores import SCORES, Score
+from powerhouse.corpora.scores import Score
+from powerhouse.corpora.toxicity import Toxicity
 from powerhouse.errors import ConfigError
 
 GOOD = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness.
@@ -70,12 +71,15 @@ trees grow, how many leaves lie on wet stones, or who walks home late at night."
     "short_line_share": "\n".join([*LINES, *(f"This is line {name}." for name in NAMES)]),
     "repeated_char_share": "\n".join([*LINES, "This is it, then.", "This is it, then."]),
     "newlines_per_word": "\n".join(f"it was {name}" for name in NAMES * 2),
+    "toxic_word_share": GOOD + " What the fuck is this shit, said the bastard, and so said we all." * 2,
+    "worst_sentence_toxic_share": GOOD + " Fuck that shit, bastard, motherfucker.",
     "language_score": "It was the Zeit und es war the best of die Zeiten and l'age de la sagesse o il tempo del " * 4,
     "language": """Es war die beste und die schlimmste Zeit, ein Jahrhundert der Weisheit und des Unsinns,
 eine Epoche des Glaubens und des Unglaubens, eine Periode des Lichts und der Finsternis:
 es war der Frühling der Hoffnung und der Winter der Verzweiflung. Wir hatten alles, wir hatten nichts vor uns;
 wir steuerten alle unmittelbar dem Himmel zu und wir gingen alle in die Hölle. And that was all there was to be said.""",
 }
+SCHEMA = [*Score.schema, *Language.schema, *Toxicity.schema]
 OFF: dict[str, Any] = {
     field: -1.0 if field.startswith("min_") else 1e9
     for field in QualityConfig.model_fields
@@ -85,16 +89,14 @@ OFF: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def steps() -> list[Any]:
-    return [Score(), Language()]
+    return [Score(), Language(), Toxicity()]
 
 
 def reason_of(steps: list[Any], text: str, limits: QualityConfig, kind: str = "web") -> tuple[str | None, str | None]:
     draft = Draft(RawDocument(0, "text", text), text)
     for step in steps:
         step(draft)
-    columns = {
-        name: pa.array([value], type=dict([*Score.schema, *Language.schema])[name]) for name, value in draft.columns.items()
-    }
+    columns = {name: pa.array([value], type=dict(SCHEMA)[name]) for name, value in draft.columns.items()}
     index = pa.table({"reason": pa.array([None], type=pa.string()), "kind": [kind], **columns})
     removals = Cut(limits)(index).removals
     return (removals[0].reason, removals[0].detail) if removals else (None, None)
@@ -113,7 +115,7 @@ def test_good_prose_passes_every_rule(steps: list[Any]) -> None:
 
 def test_every_rule_has_a_text_made_for_it_and_looks_at_a_score_of_its_own() -> None:
     assert {rule.reason for rule in RULES} | {"language"} == set(TRIPS)
-    assert {rule.score for rule in RULES} == {*SCORES, "language_score"}
+    assert {rule.score for rule in RULES} == {name for name, _ in SCHEMA} - {"language"}
     assert all(rule.limit in QualityConfig.model_fields for rule in RULES)
 
 
@@ -138,7 +140,7 @@ def test_a_rule_tells_what_it_measured(steps: list[Any]) -> None:
 
 
 def test_a_document_left_out_before_is_not_looked_at_again() -> None:
-    empty = {name: pa.array([None], type=kind) for name, kind in [*Score.schema, *Language.schema]}
+    empty = {name: pa.array([None], type=kind) for name, kind in SCHEMA}
     index = pa.table({"reason": ["no_text"], "kind": ["web"], **empty})
 
     assert Cut(QualityConfig())(index).removals == []

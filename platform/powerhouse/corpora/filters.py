@@ -85,6 +85,10 @@ class QualityConfig(Config):
     """Highest share of characters in lines that came before, FineWeb."""
     max_newlines_per_word: float = Field(default=0.3, ge=0)
     """Most line breaks to a word, FineWeb."""
+    max_toxic_word_share: float = Field(default=0.02, ge=0, le=1)
+    """Highest share of words of the toxic lexicon (toxicity.py)."""
+    max_worst_sentence_toxic_share: float = Field(default=0.5, ge=0, le=1)
+    """Highest share of such words in one sentence, which counts as one of five words at least."""
     languages: list[str] = Field(default=["en"], min_length=1)
     """ISO 639-1 codes of the languages to keep."""
     min_language_score: float = Field(default=0.65, ge=0, le=1)
@@ -131,6 +135,7 @@ RULES: tuple[Rule, ...] = (
     _highest("short_line_share", is_for_web=True),
     _highest("repeated_char_share", is_for_web=True),
     _highest("newlines_per_word", is_for_web=True),
+    *map(_highest, ("toxic_word_share", "worst_sentence_toxic_share")),
     Rule("language_score", "language_score", "min_language_score"),
 )  # fmt: skip
 """In the order in which they are asked; the first reason found is the one told."""

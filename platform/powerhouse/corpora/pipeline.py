@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
@@ -24,6 +25,8 @@ from pydantic import Field
 
 from powerhouse.artifacts import Artifact, produce, write_atomically
 from powerhouse.config import StoragePath
+from powerhouse.corpora.page import render_page
+from powerhouse.corpora.repeats import drop_lines
 from powerhouse.corpora.report import make_report, sampled_rows
 from powerhouse.corpora.scored import score_documents
 from powerhouse.corpora.session import WorkersConfig, connect
@@ -38,7 +41,8 @@ class CurateConfig(DocumentsConfig, CorpusStepsConfig):
     """Settings of jobs/curate_corpus.py."""
 
     output: StoragePath
-    """Folder of the corpus: train/, heldout/ and rejects/ as parquet, report.json."""
+    """Folder of the corpus: train/, heldout/ and rejects/ as parquet, report.json, report.html. All documents with their scores
+    lie beside it, in OUTPUT_documents."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the documents that no model trains on, chosen by the hash of the document's place."""
     max_bad_file_share: float = Field(default=0.0, ge=0, le=1)
@@ -72,9 +76,10 @@ def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -
     index = reject_bad_files(index, num_files, config.max_bad_file_share)
     weights = {source.name: source.weight for source in config.inputs}
     verdicts = decide(index, make_corpus_steps(config), config.heldout_share, weights)
-    _write_splits(config, verdicts.index, documents, folder)
-    report = make_report(verdicts, _read_texts(verdicts, documents))
+    _write_splits(config, verdicts, documents, folder)
+    report = make_report(verdicts, _read_texts(verdicts, documents), config.quality)
     write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / "report.html", render_page(report))
     return _count(report, num_files)
 
 
@@ -91,23 +96,23 @@ def _count(report: dict[str, Any], num_files: int) -> dict[str, int]:
     }
 
 
-def _write_splits(config: CurateConfig, index: pa.Table, documents: Path, folder: Path) -> None:
+def _write_splits(config: CurateConfig, verdicts: Verdicts, documents: Path, folder: Path) -> None:
     """Write each range of the corpus' order as one file of every split that has documents there."""
-    verdicts = folder / "verdicts.parquet"
-    pq.write_table(index.select(["order", "reason", "detail", "split", "num_copies"]), verdicts)
-    orders = index["order"].to_numpy()
+    path = folder / "verdicts.parquet"
+    pq.write_table(verdicts.index.select(["order", "reason", "detail", "split", "num_copies"]), path)
+    orders = verdicts.index["order"].to_numpy()
     step = config.num_documents_per_file
     ranges = [
         {"number": number, "first": int(part[0]), "last": int(part[-1])}
         for number, part in enumerate(np.split(orders, range(step, len(orders), step)))
     ]
     items = ray.data.from_items(ranges, override_num_blocks=len(ranges))
-    write = partial(_write_range, documents=documents, folder=folder)
+    write = partial(_write_range, documents=documents, folder=folder, repeated_lines=verdicts.repeated_lines)
     items.map(write, **config.workers.options()).materialize()
-    verdicts.unlink()
+    path.unlink()
 
 
-def _write_range(row: dict[str, Any], documents: Path, folder: Path) -> dict[str, Any]:
+def _write_range(row: dict[str, Any], documents: Path, folder: Path, repeated_lines: npt.NDArray[np.uint64]) -> dict[str, Any]:
     is_here = (pads.field("order") >= row["first"]) & (pads.field("order") <= row["last"])
     dataset = pads.dataset(documents, format="parquet")
     texts = dataset.to_table(columns=["order", *_COLUMNS], filter=is_here).sort_by("order")
@@ -116,6 +121,9 @@ def _write_range(row: dict[str, Any], documents: Path, folder: Path) -> dict[str
     for split in ("train", "heldout", "rejects"):
         rows = np.repeat(np.flatnonzero(splits == split), verdicts["num_copies"].to_numpy()[splits == split])
         part = texts.select(_COLUMNS).take(rows)
+        if split != "rejects" and len(repeated_lines):
+            kept = [drop_lines(text, repeated_lines) for text in part["text"].to_pylist()]
+            part = part.set_column(_COLUMNS.index("text"), "text", pa.array(kept, type=pa.large_string()))
         if split == "rejects":
             for name in ("reason", "detail"):
                 part = part.append_column(name, verdicts[name].take(rows))

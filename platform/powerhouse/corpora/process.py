@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from powerhouse.corpora.document import Columns, DocumentStep, Draft, RawDocument, Rejection, make_doc_id
-from powerhouse.corpora.extract import extract
+from powerhouse.corpora.extract import MAX_DEPTH, extract, markup_depth
 from powerhouse.corpora.readers import read_documents
 from powerhouse.corpora.sources import InputFile
 from powerhouse.errors import InputError
@@ -23,7 +23,7 @@ _PLACE: Columns = (
     ("offset", pa.int64()),
 )
 _VERDICT: Columns = (("reason", pa.string()), ("detail", pa.string()))
-RAW = pa.schema([*_PLACE, *_VERDICT, ("markup", pa.string()), ("content", pa.large_string())])
+RAW = pa.schema([*_PLACE, *_VERDICT, ("markup", pa.string()), ("url", pa.string()), ("content", pa.large_string())])
 _TEXT: Columns = (("text", pa.large_string()), ("num_chars", pa.int64()))
 _CHARS_PER_TABLE = 2**22
 DOCUMENTS_PER_FILE = 2**32
@@ -65,6 +65,7 @@ def _row(file: InputFile, number: int, raw: RawDocument) -> dict[str, Any]:
         "reason": raw.rejection.reason if raw.rejection else None,
         "detail": raw.rejection.detail if raw.rejection else None,
         "markup": raw.markup,
+        "url": raw.url,
         "content": raw.content,
     }
 
@@ -82,11 +83,20 @@ class DocumentProcessor:
     def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
         """Give the document's columns. One already left out, such as a redirect, keeps its markup."""
         rejection = Rejection(row["reason"], row["detail"]) if row["reason"] else None
-        raw = RawDocument(row["offset"], row.pop("markup"), row.pop("content"), rejection)
-        draft = Draft(raw, raw.content if rejection else extract(raw.markup, raw.content), rejection)
+        raw = RawDocument(row["offset"], row.pop("markup"), row.pop("content"), rejection, row.pop("url"))
+        draft = _extract(raw)
         for step in self._steps:
             if draft.rejection is None:
                 step(draft)
         found = draft.rejection
         verdict = {"reason": found.reason if found else None, "detail": found.detail if found else None}
         return row | verdict | {"text": draft.text, "num_chars": len(draft.text)} | draft.columns
+
+
+def _extract(raw: RawDocument) -> Draft:
+    """Give the document's text; one already left out, or too deep for the parsers, keeps its markup."""
+    if raw.rejection:
+        return Draft(raw, raw.content, raw.rejection)
+    if (depth := markup_depth(raw.markup, raw.content)) > MAX_DEPTH[raw.markup]:
+        return Draft(raw, raw.content, Rejection("nested_too_deep", f"{depth} > {MAX_DEPTH[raw.markup]}"))
+    return Draft(raw, extract(raw.markup, raw.content))

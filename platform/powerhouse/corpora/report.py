@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from powerhouse.corpora.document import Removal
+from powerhouse.corpora.filters import RULES, QualityConfig
 from powerhouse.corpora.process import BAD_FILE
 from powerhouse.corpora.verdict import Verdicts
 
 _NUM_PAIRS = 8
+_NUM_STEPS = 30
 _NUM_REJECTS_PER_REASON = 2
 _SNIPPET_CHARS = 300
 
@@ -24,12 +27,13 @@ def sampled_rows(verdicts: Verdicts) -> list[int]:
     return sorted({*pairs, *(row for rows in _sample_rejects(verdicts).values() for row in rows)})
 
 
-def make_report(verdicts: Verdicts, texts: Mapping[int, str]) -> dict[str, Any]:
+def make_report(verdicts: Verdicts, texts: Mapping[int, str], limits: QualityConfig) -> dict[str, Any]:
     """Put the whole report together; `texts` maps the rows of `sampled_rows` to their text."""
     index = verdicts.index
     return {
         "sources": {name: _funnel(index.filter(pc.equal(index["source"], name))) for name in _distinct(index["source"])},
         "total": _funnel(index),
+        "histograms": dict(_histograms(index, limits)),
         **verdicts.sections,
         "pairs": _describe_pairs(verdicts, texts),
         "rejects": {
@@ -48,6 +52,26 @@ def _funnel(index: pa.Table) -> dict[str, Any]:
         part = index.filter(pc.equal(index["split"], split))
         out[split] = {"documents": part.num_rows, "chars": pc.sum(part["num_chars"]).as_py() or 0}
     return out
+
+
+def _histograms(index: pa.Table, limits: QualityConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Count the kept and the removed documents in 30 steps of every score that is not the same for all."""
+    is_removed = pc.is_valid(index["reason"]).to_numpy()
+    for name in ("num_chars", *dict.fromkeys(rule.score for rule in RULES)):
+        values = index[name].to_numpy().astype(np.float64)
+        is_known = np.isfinite(values)
+        if not is_known.any():
+            continue
+        low, high = np.quantile(values[is_known], [0.005, 0.995])
+        if low == high:
+            continue
+        counts = [
+            np.histogram(np.clip(values[is_known & is_in], low, high), _NUM_STEPS, (low, high))[0].tolist()
+            for is_in in (~is_removed, is_removed)
+        ]
+        edges = [float(getattr(limits, rule.limit)) for rule in RULES if rule.score == name]
+        ends = {"low": round(float(low), 6), "high": round(float(high), 6)}
+        yield name, ends | {"limits": edges, "kept": counts[0], "removed": counts[1]}
 
 
 def _describe_pairs(verdicts: Verdicts, texts: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -10,24 +10,29 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator
 
 from powerhouse.config import Config, StoragePath
+from powerhouse.corpora.bias import AuditBias, FindIdentities
 from powerhouse.corpora.decontaminate import Decontaminate, EvaluationSetConfig, ReportContamination, digests, read_items
 from powerhouse.corpora.dedup import RemoveDuplicates, Sign
 from powerhouse.corpora.document import CorpusStep, DocumentStep, Outcome
 from powerhouse.corpora.filters import Cut, QualityConfig
 from powerhouse.corpora.language import Language
 from powerhouse.corpora.redact import PERSONAL_COLUMNS, Redact, read_key
+from powerhouse.corpora.repeats import HashLines, KeyUrl, RemoveLines, RemoveSameUrls
 from powerhouse.corpora.scores import Score
 from powerhouse.corpora.sources import SourceConfig
+from powerhouse.corpora.toxicity import Toxicity
 
 
-class EvaluationSetsConfig(Config):
+class SharedStepsConfig(Config):
     """What both kinds of step look at."""
 
     evaluation_sets: list[EvaluationSetConfig] = Field(default=[])
     """Test items; a document that holds 13 words in a row of one is left out. List those the models will be judged by."""
+    max_documents_per_line: int | None = Field(default=None, ge=1)
+    """A line that stands in more documents than this is taken out of all of them; null keeps every line."""
 
 
-class DocumentsConfig(EvaluationSetsConfig):
+class DocumentsConfig(SharedStepsConfig):
     """What the document steps depend on: a change reads the text anew."""
 
     inputs: list[SourceConfig] = Field(min_length=1)
@@ -48,7 +53,7 @@ class DocumentsConfig(EvaluationSetsConfig):
         return inputs
 
 
-class CorpusStepsConfig(EvaluationSetsConfig):
+class CorpusStepsConfig(SharedStepsConfig):
     """What the corpus steps depend on: a change only decides anew."""
 
     quality: QualityConfig = QualityConfig()
@@ -72,19 +77,34 @@ def digest_inputs(config: DocumentsConfig) -> dict[str, str]:
 def make_document_steps(config: DocumentsConfig) -> list[DocumentStep]:
     """Make the steps of one worker; each sees the text that the ones before it left."""
     items = read_items(config.evaluation_sets)
+    lines = [] if config.max_documents_per_line is None else [HashLines()]
     redact = Redact(config.phone_region, read_key(config.pseudonym_key_file))
-    return [redact, Score(), Language(), *([Decontaminate(items)] if items else []), Sign()]
+    return [
+        redact,
+        Score(),
+        Language(),
+        Toxicity(),
+        FindIdentities(),
+        *([Decontaminate(items)] if items else []),
+        *lines,
+        KeyUrl(),
+        Sign(),
+    ]
 
 
 def make_corpus_steps(config: CorpusStepsConfig) -> list[CorpusStep]:
     """Make the steps of the driver; each sees the reasons that the ones before it gave."""
     items = read_items(config.evaluation_sets)
     report = [ReportContamination(items)] if items else []
+    lines = [] if config.max_documents_per_line is None else [RemoveLines(config.max_documents_per_line)]
     return [
         Cut(config.quality),
+        AuditBias(),
         CountPersonalData(),
         *report,
+        RemoveSameUrls(),
         RemoveDuplicates(config.duplicate_threshold, config.max_source_duplicate_share),
+        *lines,
     ]
 
 
