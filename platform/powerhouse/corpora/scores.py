@@ -38,6 +38,7 @@ _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 _POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _ELLIPSES = ("...", "…")
 _LINE_ENDS = frozenset(".?!。！？｡．؟۔।॥։።፧፨។៕᠃᠉⁇⁈⁉⸮꘎꘏︒﹒﹖﹗\u061e\u06d4\u0700\u0701\u0702\u104a\u104b\u1362\u1367\u1368")
+_TRUE, _ZERO = np.ones(1, dtype=bool), np.zeros(1, dtype=np.int64)
 _MIX = np.int64(-7046029254386353131)
 
 _NGRAM_SCORES = (
@@ -155,8 +156,8 @@ def repeated(items: Sequence[str]) -> tuple[int, int]:
 def ngram_chars(numbers: Numbers, lengths: npt.NDArray[np.int32]) -> dict[str, int]:
     """Give the characters of the most frequent n-gram, its spaces counted, and those of the n-grams that came before.
 
-    N-grams are compared by a 64-bit hash. One that occurs once is the start of none that occurs twice, so ever fewer places
-    are looked at.
+    N-grams are compared by a hash of 64 bits, less those that number the words of the text. One that occurs once is the start
+    of none that occurs twice, so ever fewer places are looked at.
     """
     ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     out = dict.fromkeys(_NGRAM_SCORES, 0)
@@ -186,19 +187,24 @@ def _keep_repeated(places: Numbers, hashes: Numbers) -> tuple[Numbers, Numbers, 
 
     Of those equally frequent the first in the text counts: where each occurs once, the text's first.
     """
-    order = np.argsort(hashes)
-    ordered = hashes[order]
-    is_new = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
-    is_single = is_new & np.concatenate([is_new[1:], [True]])[: len(ordered)]
-    if is_single.all():
+    num_bits = len(hashes).bit_length()
+    is_place = (1 << num_bits) - 1
+    # One array of hash and place in one number: it sorts faster than an order can be found.
+    keys = np.sort((hashes << num_bits) | np.arange(len(hashes)))
+    values = keys >> num_bits
+    is_same = values[1:] == values[:-1]
+    if not is_same.any():
         return places[:0], hashes[:0], 0, 1
-    starts = np.flatnonzero(is_new)
-    counts = np.diff(starts, append=len(ordered))
+    is_repeated = np.zeros(len(keys), dtype=bool)
+    is_repeated[1:] = is_same
+    is_repeated[:-1] |= is_same
+    ends = np.flatnonzero(np.concatenate([~is_same, _TRUE]))
+    starts = np.concatenate([_ZERO, ends[:-1] + 1])
+    counts = ends - starts + 1
     num_top = int(counts.max())
-    top_values = ordered[starts[counts == num_top]]
-    is_top = hashes == top_values[0] if len(top_values) == 1 else np.isin(hashes, top_values)
-    kept = np.sort(order[~is_single])
-    return places[kept], hashes[kept], int(places[np.argmax(is_top)]), num_top
+    first_top = int((keys[starts[counts == num_top]] & is_place).min())
+    kept = np.sort(keys[is_repeated] & is_place)
+    return places[kept], hashes[kept], int(places[first_top]), num_top
 
 
 def _repeated_chars(places: Numbers, hashes: Numbers, ends: Numbers, length: int) -> int:
