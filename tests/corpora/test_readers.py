@@ -352,3 +352,9 @@ BAD_URIS = [
 def test_a_uri_that_cannot_be_listed_is_one_error(uri: str, message: str) -> None:
     with pytest.raises(InputError, match=f"(?s)inputs: s: .*{message}"):
         list_files([SourceConfig(name="s", kind="other", path=uri)])
+
+
+def test_a_page_of_a_warc_and_a_record_tell_their_address(tmp_path: Path) -> None:
+    warc = read(write(tmp_path / "a.warc", warc_record("http://a/", PAGE.encode())))
+    lines = read(write(tmp_path / "b.jsonl", b'{"text": "One.", "url": "http://b/"}\n{"text": "Two.", "url": 7}'))
+    assert [document.url for document in (*warc, *lines)] == ["http://a/", "http://b/", None]

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import ray
 
 from powerhouse.corpora.filters import QualityConfig
 from powerhouse.corpora.pipeline import CurateConfig, curate
+from powerhouse.corpora.session import WorkersConfig
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.corpora.tokens import TokensConfig, make_tokens
 from powerhouse.errors import ArtifactError, InputError
@@ -178,6 +180,47 @@ def test_a_corpus_that_is_empty_after_filtering_tells_why(cluster: None, inputs:
     assert not (tmp_path / "corpus" / "manifest.json").exists()
 
 
+QUESTION = "Which of the two old towns on the river was the first to have a bridge of stone and of iron?"
+
+
+def write_pages(folder: Path) -> CurateConfig:
+    """Pages with a line of the site on each; one of an address seen before, one with a test item, one with an e-mail."""
+    pages = [{"url": f"http://site.org/{number}", "text": prose(70 + number, 40)} for number in range(12)]
+    pages[1]["url"] = "https://www.site.org/0/?utm_source=news"
+    pages[1]["text"] = prose(71, 30)
+    pages[2]["text"] += QUESTION
+    pages[3]["text"] += "Write to ada@example.com or to Ada@Example.com."
+    lines = [json.dumps(page | {"text": f"Share page {number} of 12\n{page['text']}"}) for number, page in enumerate(pages)]
+    folder.mkdir()
+    (folder / "pages.jsonl").write_text("\n".join(lines))
+    (folder / "quiz.txt").write_text(QUESTION)
+    (folder / "key").write_bytes(bytes(range(100, 132)))
+    inputs = [{"name": "site", "kind": "web", "path": folder, "glob": "*.jsonl"}]
+    return curate_config(
+        folder, folder.parent / "corpus", inputs=inputs, evaluation_sets=[{"name": "quiz", "path": folder / "quiz.txt"}],
+        pseudonym_key_file=folder / "key", max_documents_per_line=8,
+    )  # fmt: skip
+
+
+def test_test_items_second_pages_and_repeated_lines_go_and_people_get_pseudonyms(cluster: None, tmp_path: Path) -> None:
+    config = write_pages(tmp_path / "in")
+    artifact = curate(config)
+    report = json.loads((artifact.path / "report.json").read_text())
+    assert report["total"]["removed"] == {"contaminated": 1, "same_url": 1}
+    assert report["contamination"]["quiz"]["items found"] == 1
+    assert report["repeated_lines"] == {"lines": 10, "different_lines": 1, "documents_of_nothing_else": 0}
+    texts = [row["text"] for split in ("train", "heldout") for row in read_split(artifact.path, split).to_pylist()]
+    assert not any("Share page" in text for text in texts)
+    assert sum(map(len, texts)) == artifact.manifest.counts["train_chars"] + artifact.manifest.counts["heldout_chars"]
+    (named,) = (text for text in texts if "Write to" in text)
+    assert re.search(r"Write to (<EMAIL:[a-p]{10}>) or to \1\.$", named)
+    (tmp_path / "in" / "quiz.txt").write_text(
+        "Another question that has at least thirteen words in it, and one that nobody asks."
+    )
+    again = curate(config)
+    assert "contaminated" not in json.loads((again.path / "report.json").read_text())["total"]["removed"]
+
+
 def test_token_rows_decode_to_the_corpus_and_know_their_documents(corpus: Path, tmp_path: Path) -> None:
     config = TokensConfig(corpus=corpus, output=tmp_path / "tokens", vocab_size=400, row_length=33, rows_per_shard=100)
     artifact = make_tokens(config)
@@ -197,7 +240,7 @@ def test_token_rows_decode_to_the_corpus_and_know_their_documents(corpus: Path, 
     report = json.loads((artifact.path / "report.json").read_text())
     assert sum(source["num_tokens"] for source in report["sources"].values()) == counts["num_tokens"]
     assert counts["num_tokens"] - rows.row_length < len(rows) * rows.row_length <= counts["num_tokens"]
-    again = make_tokens(config.model_copy(update={"output": tmp_path / "again"}))
+    again = make_tokens(config.model_copy(update={"output": tmp_path / "again", "workers": WorkersConfig(num=1, num_cpus=1)}))
     assert contents(again.path) == contents(artifact.path)
 
 

@@ -71,7 +71,7 @@ def curate(config: CurateConfig) -> Artifact:
 
 def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -> dict[str, int]:
     connect(config.workers)
-    dataset = pads.dataset(documents, format="parquet")
+    dataset = _open(documents)
     index = dataset.to_table(columns=[name for name in dataset.schema.names if name != "text"]).sort_by("order")
     index = reject_bad_files(index, num_files, config.max_bad_file_share)
     weights = {source.name: source.weight for source in config.inputs}
@@ -81,6 +81,11 @@ def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -
     write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / "report.html", render_page(report))
     return _count(report, num_files)
+
+
+def _open(documents: Path) -> pads.Dataset:
+    """The parquet files alone: beside them lies the manifest."""
+    return pads.dataset(sorted(map(str, documents.glob("*.parquet"))), format="parquet")
 
 
 def _count(report: dict[str, Any], num_files: int) -> dict[str, int]:
@@ -114,7 +119,7 @@ def _write_splits(config: CurateConfig, verdicts: Verdicts, documents: Path, fol
 
 def _write_range(row: dict[str, Any], documents: Path, folder: Path, repeated_lines: npt.NDArray[np.uint64]) -> dict[str, Any]:
     is_here = (pads.field("order") >= row["first"]) & (pads.field("order") <= row["last"])
-    dataset = pads.dataset(documents, format="parquet")
+    dataset = _open(documents)
     texts = dataset.to_table(columns=["order", *_COLUMNS], filter=is_here).sort_by("order")
     verdicts = pads.dataset(folder / "verdicts.parquet").to_table(filter=is_here).sort_by("order")
     splits = verdicts["split"].to_numpy()
@@ -137,7 +142,5 @@ def _read_texts(verdicts: Verdicts, documents: Path) -> dict[int, str]:
     """Give the text of the rows that the report shows."""
     rows = sampled_rows(verdicts)
     order_of = {verdicts.index["order"][row].as_py(): row for row in rows}
-    table = pads.dataset(documents, format="parquet").to_table(
-        columns=["order", "text"], filter=pads.field("order").isin(list(order_of))
-    )
+    table = _open(documents).to_table(columns=["order", "text"], filter=pads.field("order").isin(list(order_of)))
     return {order_of[item["order"]]: item["text"] for item in table.to_pylist()}

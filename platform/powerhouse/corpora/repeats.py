@@ -1,7 +1,7 @@
 """Repetition above and below the document: pages fetched twice, and lines that stand in many documents.
 
 Lines follow CCNet (Wenzek et al. 2019, arXiv 1911.00359, section 3.1): they are the same if they differ only in letter case, in
-outer white space or in digits. Unlike there a line goes from every document once it is in too many of them. Shapes: L lines.
+outer white space or in numbers. Unlike there a line goes from every document once it is in too many of them. Shapes: L lines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from powerhouse.corpora.document import Columns, Draft, Outcome, Removal
 
 U64 = npt.NDArray[np.uint64]
 
-_DIGIT = re.compile(r"\d")
+_NUMBER = re.compile(r"\d+")
 _TRACKING = re.compile(r"(?:utm_\w+|gclid|fbclid|msclkid|mc_[ce]id|ref|ref_src)$", re.IGNORECASE)
 _DEFAULT_PORT = re.compile(r":(?:80|443)$")
 _BLANK = 0  # the hash of a line without text
@@ -71,7 +71,7 @@ class RemoveSameUrls:
 
 def line_hashes(text: str) -> U64:
     """Give the hash of each line of a text, 0 for a blank one, [L]."""
-    lines = (_DIGIT.sub("0", line.strip().lower()) for line in text.split("\n"))
+    lines = (_NUMBER.sub("0", line.strip().lower()) for line in text.split("\n"))
     return np.array([xxhash.xxh3_64_intdigest(line.encode()) if line else _BLANK for line in lines], dtype=np.uint64)
 
 

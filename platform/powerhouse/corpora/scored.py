@@ -68,7 +68,7 @@ def _make(config: DocumentsConfig, files: list[InputFile], workers: WorkersConfi
         .map_batches(
             _Processor,
             fn_constructor_args=(config, folder),
-            compute=ActorPoolStrategy(size=workers.num),
+            compute=ActorPoolStrategy(size=min(workers.num, len(tasks))),
             **TABLES,
             **workers.options(),
         )
