@@ -83,13 +83,13 @@ def parse_arguments() -> argparse.Namespace:
 def read_texts(folder: Path, pages: list[Path], num_documents: int) -> list[str]:
     """Extract the documents: books and Wikipedia whole, of the web pages as many as are needed to fill up."""
     from powerhouse.corpora.extract import extract
-    from powerhouse.corpora.readers import read_documents
+    from powerhouse.corpora.readers import ReadOptions, read_documents
     from powerhouse.errors import InputError
 
     def texts_of(paths: Iterable[Path]) -> Iterator[str]:
         for path in paths:
             with contextlib.suppress(InputError):  # a file called .html without an element
-                documents = (document for document in read_documents(path, 4000) if not document.rejection)
+                documents = (document for document in read_documents(path, ReadOptions()) if not document.rejection)
                 yield from (text for document in documents if (text := extract(document.markup, document.content)))
 
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".bz2", ".html"))

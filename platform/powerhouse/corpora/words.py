@@ -98,7 +98,7 @@ def split_chunk(chunk: str) -> list[str]:
     if len(chunk) > _MAX_SPECIAL_CHARS and chunk.isalpha():
         return [chunk]
     left, right, text = [], [], chunk
-    while text and not (whole := _whole(text)):
+    while text and not _whole(text):
         prefix, suffix = _PREFIX.match(text), _SUFFIX.search(text)
         if not (prefix or suffix):
             break
