@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,16 @@ def test_neither_workers_nor_the_order_on_disk_change_a_byte(corpus: Path, input
     other = write_inputs(tmp_path / "in", names)
     again = curate(curate_config(other, tmp_path / "corpus", workers={"num": 1, "num_cpus": 1}))
     assert contents(again.path) == contents(corpus)
+
+
+def test_other_limits_cut_the_stored_scores_and_read_no_text_again(corpus: Path, inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus.parent, tmp_path / "out")
+    scored = tmp_path / "out" / "corpus_documents" / "manifest.json"
+    written = scored.stat().st_mtime_ns
+    again = curate(curate_config(inputs, tmp_path / "out" / "corpus", quality=LOOSE | {"max_words": 300}, heldout_share=0))
+    report = json.loads((again.path / "report.json").read_text())
+    assert report["total"]["removed"]["too_many_words"] > 0
+    assert scored.stat().st_mtime_ns == written
 
 
 def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(cluster: None, inputs: Path, tmp_path: Path) -> None:
