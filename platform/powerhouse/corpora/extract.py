@@ -61,6 +61,8 @@ def _from_html(content: str) -> str:
     """
     tree = HTMLTree.parse(content)
     main = str(extract_plain_text(tree, main_content=True))
+    if len(main) >= _MIN_MAIN_SHARE * len(content):  # the text of a page is shorter than the page: no need to extract it all
+        return main
     whole = str(extract_plain_text(tree, main_content=False))
     return main if len(main) >= _MIN_MAIN_SHARE * len(whole) else whole
 
