@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import math
+
+import datasketch
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from planted import near_duplicates
 from powerhouse.corpora import dedup
+from powerhouse.corpora.document import Removal
 
 
 def words(seed: int, count: int = 400) -> list[str]:
@@ -79,3 +85,106 @@ def test_edges_are_stars_around_the_first_of_each_key() -> None:
 def test_no_documents_give_no_duplicates() -> None:
     empty = np.empty((0, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
     assert dedup.find_duplicates(empty, np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64), 0.8) == []
+
+
+@pytest.mark.parametrize("jaccard", [0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+def test_planted_near_duplicates_become_candidates_as_often_as_the_theory_says(jaccard: float) -> None:
+    pairs = near_duplicates(jaccard, 150)
+    assert all(exact == pytest.approx(exact_jaccard(one, other), abs=1e-12) for one, other, exact in pairs[:5])
+    keys = [dedup.band_keys(np.stack([dedup.signature(text) for text in pair])) for *pair, _ in pairs]
+    num_found = sum(bool((one == other).any()) for one, other in keys)
+    chances = [dedup.detection_probability(exact) for *_, exact in pairs]
+    deviation = math.sqrt(sum(chance * (1 - chance) for chance in chances))  # of a sum of independent draws
+    assert abs(num_found - sum(chances)) <= 4 * deviation + 1e-9
+
+
+def test_the_estimate_is_as_good_as_datasketchs() -> None:
+    errors: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for one, other, exact in (pair for jaccard in (0.5, 0.7, 0.9) for pair in near_duplicates(jaccard, 15)):
+        errors["ours"].append(float(dedup.similarity(dedup.signature(one), dedup.signature(other))) - exact)
+        sketches = [datasketch.MinHash(num_perm=dedup.NUM_PERMUTATIONS) for _ in range(2)]
+        for sketch, text in zip(sketches, (one, other), strict=True):
+            sketch.update_batch([shingle.encode() for shingle in dedup.shingles(text)])
+        errors["theirs"].append(sketches[0].jaccard(sketches[1]) - exact)
+    ours, theirs = (math.sqrt(np.mean(np.square(values))) for values in errors.values())
+    assert ours < 1.5 * theirs
+    assert abs(np.mean(errors["ours"])) < 3 * 0.5 / math.sqrt(dedup.NUM_PERMUTATIONS * 45)
+
+
+def test_what_datasketchs_index_finds_and_is_similar_enough_is_found_here_too() -> None:
+    pairs = [pair for jaccard in (0.5, 0.8, 0.95) for pair in near_duplicates(jaccard, 12, seed=3)]
+    texts = [text for one, other, _ in pairs for text in (one, other)]
+    signatures = np.stack([dedup.signature(text) for text in texts])
+    sketches = [
+        datasketch.MinHash(num_perm=dedup.NUM_PERMUTATIONS, hashvalues=values.astype(np.uint64), scheme="affine32")
+        for values in signatures
+    ]
+    index = datasketch.MinHashLSH(params=(dedup.NUM_BANDS, 8), num_perm=dedup.NUM_PERMUTATIONS)
+    for number, sketch in enumerate(sketches):
+        index.insert(number, sketch)
+    expected = {
+        (number, other)
+        for number, sketch in enumerate(sketches)
+        for other in index.query(sketch)
+        if other < number and dedup.similarity(signatures[number], signatures[other]) >= 0.8
+    }
+    assert {(removed, kept) for removed, kept, _ in find(texts)} == expected
+    assert len(expected) > 12
+
+
+def test_signatures_come_out_of_a_column_as_they_went_in() -> None:
+    signatures = np.random.default_rng(0).integers(0, 2**32, (7, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
+    kind = pa.binary(4 * dedup.NUM_PERMUTATIONS)
+    column = pa.chunked_array(
+        [pa.array([row.tobytes() for row in part], type=kind) for part in (signatures[:3], signatures[3:])]
+    )
+    np.testing.assert_array_equal(dedup.signatures_of(column), signatures)
+    np.testing.assert_array_equal(dedup.signatures_of(column.slice(1, 4)), signatures[1:5])
+    assert dedup.signatures_of(column.slice(0, 0)).shape == (0, dedup.NUM_PERMUTATIONS)
+
+
+def test_of_a_large_cluster_of_unlike_texts_the_copies_go_and_each_is_like_one_that_is_kept() -> None:
+    num_members = 2 * dedup._MAX_KEPT
+    signatures = np.random.default_rng(0).integers(0, 2**32, (num_members, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
+    signatures[:, :8] = 7  # the band of a template, which makes one cluster of all
+    signatures[1::2] = signatures[::2]
+    signatures[1::2, 20:30] = 5
+    hashes = np.arange(num_members, dtype=np.uint64)
+    found = dedup.find_duplicates(signatures, hashes, np.full(num_members, 9), 0.8)
+    assert sorted((item.removed, item.kept) for item in found) == [(odd, odd - 1) for odd in range(1, num_members, 2)]
+    assert all(item.similarity == pytest.approx(102 / 112) for item in found)
+
+
+def test_of_a_large_cluster_only_a_bounded_number_is_compared_with_all_others() -> None:
+    """The last two are alike, share no band, and come after a thousand others."""
+    num_members = dedup._MAX_KEPT + 3
+    signatures = np.random.default_rng(0).integers(0, 2**32, (num_members, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
+    signatures[-1] = signatures[-2]
+    signatures[-1, ::8] = 5
+    hashes, lengths, members = np.arange(num_members, dtype=np.uint64), np.full(num_members, 9), np.arange(num_members)
+    assert dedup.choose(members, signatures, hashes, lengths, 0.8) == []
+    found = dedup.choose(members[3:], signatures, hashes, lengths, 0.8)
+    assert [(item.removed, item.kept) for item in found] == [(num_members - 1, num_members - 2)]
+
+
+def test_a_source_that_loses_too_much_raises_an_alarm(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [words(0), words(0), words(0), words(1), words(2)]
+    index = pa.table(
+        {
+            "doc_id": pa.array(range(5), type=pa.uint64()),
+            "source": ["a", "a", "a", "b", "b"],
+            "reason": pa.array([None, None, None, None, "language"], type=pa.string()),
+            "num_chars": [9] * 5,
+            "text_hash": pa.array([dedup.text_hash(text) for text in texts], type=pa.uint64()),
+            "signature": pa.array([dedup.signature(text).tobytes() for text in texts], type=pa.binary(448)),
+        }
+    )
+    outcome = dedup.RemoveDuplicates(0.8, 0.5)(index)
+    assert outcome.removals == [
+        Removal(1, "exact_duplicate", "1.00 like 0", 0, 1.0),
+        Removal(2, "exact_duplicate", "1.00 like 0", 0, 1.0),
+    ]
+    assert outcome.report["removed_share_by_source"] == {"a": 0.6667, "b": 0.0}
+    assert outcome.report["alarms"] == ["a: 67% removed as duplicates, more than 50%"]
+    assert dedup.RemoveDuplicates(0.8, 0.7)(index).report["alarms"] == []
+    assert capsys.readouterr().err.count("loses much of itself") == 1

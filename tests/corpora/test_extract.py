@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from powerhouse.corpora.extract import extract
+import pytest
+
+from powerhouse.corpora.extract import MAX_DEPTH, extract, markup_depth
 
 PROSE = "The engine keeps a pool of connections, and it hands them out on request. " * 5
 
@@ -45,3 +47,40 @@ She wrote ''notes''.
 
 def test_plain_text_only_loses_white_space_around_it() -> None:
     assert extract("text", "\n\n a  b\n\nc \n") == "a  b\n\nc"
+
+
+def test_mojibake_is_mended_and_accents_are_left_alone() -> None:
+    good = "The naïve café's “garden” – là-bas, Ângela, Ã la carte, naïveté."
+    broken = good.replace("à", "a").replace("”", "“").encode().decode("windows-1252")
+    assert extract("text", good) == good
+    assert extract("text", broken) == good.replace("à", "a").replace("”", "“")
+
+
+DEEP = {
+    "divs": ("html", "<html><body>" + "<div>" * 10_000 + "<p>Deep down.</p>" + "</div>" * 10_000),
+    "unclosed": ("html", "<html><body>" + "<b><i>" * 10_000 + "x"),
+    "tables": ("html", "<table><tr><td>" * 10_000),
+    "notes": ("wikitext", "<ref>" * 10_000),
+    "cut tags": ("wikitext", "<b " * 10_000),
+    "wikitables": ("wikitext", "{|\n|\n" * 5_000),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_page_nested_10000_deep_is_left_out_before_it_is_parsed(name: str) -> None:
+    markup, content = DEEP[name]
+    assert markup_depth(markup, content) > MAX_DEPTH[markup]  # type: ignore[arg-type,index]
+
+
+FLAT = {
+    "paragraphs": ("html", "<html><body>" + "<p>One.<br><li>Two.<img src=x>" * 5_000),
+    "spans": ("html", "<html><body>" + "<span>a</span><i/>" * 5_000),
+    "notes": ("wikitext", "A <ref>note</ref> and <ref name=x /> " * 5_000),
+    "tables": ("wikitext", "{|\n| a\n|}\n" * 5_000),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_a_long_flat_page_is_not_deep(name: str) -> None:
+    markup, content = FLAT[name]
+    assert markup_depth(markup, content) <= 3  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def test_a_damaged_archive_or_one_without_such_files_is_an_error(tmp_path: Path)
 
 BAD = [
     ({"sha256": "abc"}, "packages.0.sha256: got 'abc'"),
-    ({"kind": "song"}, "packages.0.kind: got 'song'; allowed: input should be 'book', 'web' or 'wikipedia'"),
+    ({"kind": "song"}, "packages.0.kind: got 'song'; allowed: input should be 'book', 'web', 'wikipedia' or 'other'"),
     ({"members": []}, "packages.0.members"),
     ({"source": "../up"}, "packages.0.source"),
     ({"name": "--index-url=http://x"}, "packages.0.name"),

@@ -21,6 +21,18 @@ def test_rows_come_back_in_the_order_asked_for_across_shards(tmp_path: Path) -> 
     np.testing.assert_array_equal(rows[indices], shards.take(indices))
 
 
+def test_rows_tell_which_tokens_are_of_one_document(tmp_path: Path) -> None:
+    rows = np.arange(3 * 5, dtype=np.int32).reshape(3, 5)
+    write_shard(tmp_path / "rows-00000.arrow", rows[:1], [np.array([0])])
+    write_shard(tmp_path / "rows-00001.arrow", rows[1:], [np.array([0, 2]), np.array([0, 1, 4])])
+    shards = TokenRows(tmp_path)
+    np.testing.assert_array_equal(shards.take(np.arange(3)), rows)
+    assert shards.take_documents(np.array([2, 0, 1])).tolist() == [[0, 1, 1, 1, 2], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]]
+    write_shard(tmp_path / "rows-00001.arrow", rows[1:])
+    with pytest.raises(InputError, match="the shards have no column `starts`"):
+        TokenRows(tmp_path).take_documents(np.array([1]))
+
+
 def test_a_folder_without_shards_or_with_a_cut_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no token shards"):
         TokenRows(tmp_path)

@@ -6,6 +6,8 @@ import bz2
 import gzip
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from powerhouse.corpora.filters import QualityConfig
 from powerhouse.corpora.pipeline import CurateConfig, curate
+from powerhouse.corpora.session import WorkersConfig
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.corpora.tokens import TokensConfig, make_tokens
 from powerhouse.errors import ArtifactError, InputError
@@ -30,6 +34,10 @@ from powerhouse.tokenizer import Tokenizer
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+LOOSE = {name: 100 for name in QualityConfig.model_fields if name.startswith("max_") and "gram" in name} | {
+    f"max_repeated_{length}gram_char_share": 1 for length in range(5, 11)
+}
+"""The sentences of these tests repeat themselves."""
 NOUNS = [
     "garden",
     "river",
@@ -89,7 +97,7 @@ def curate_config(folder: Path, output: Path, **changes: object) -> CurateConfig
     ]
     values: dict[str, object] = {
         "inputs": inputs, "output": output, "chunk_chars": 1500, "heldout_share": 0.2, "num_documents_per_file": 40,
-        "quality": {"max_top_bigram_char_share": 1, "max_repeated_line_char_share": 1},
+        "quality": LOOSE,
     }  # fmt: skip
     return CurateConfig.model_validate(values | changes)
 
@@ -151,6 +159,16 @@ def test_neither_workers_nor_the_order_on_disk_change_a_byte(corpus: Path, input
     assert contents(again.path) == contents(corpus)
 
 
+def test_other_limits_cut_the_stored_scores_and_read_no_text_again(corpus: Path, inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus.parent, tmp_path / "out")
+    scored = tmp_path / "out" / "corpus_documents" / "manifest.json"
+    written = scored.stat().st_mtime_ns
+    again = curate(curate_config(inputs, tmp_path / "out" / "corpus", quality=LOOSE | {"max_words": 300}, heldout_share=0))
+    report = json.loads((again.path / "report.json").read_text())
+    assert report["total"]["removed"]["too_many_words"] > 0
+    assert scored.stat().st_mtime_ns == written
+
+
 def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(cluster: None, inputs: Path, tmp_path: Path) -> None:
     folder = write_inputs(tmp_path / "in", [])
     dump = folder / "wiki" / "w.xml.bz2"
@@ -167,10 +185,51 @@ def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(cluster: None,
 
 
 def test_a_corpus_that_is_empty_after_filtering_tells_why(cluster: None, inputs: Path, tmp_path: Path) -> None:
-    config = curate_config(inputs, tmp_path / "corpus", quality={"languages": ["fi"]})
+    config = curate_config(inputs, tmp_path / "corpus", quality=LOOSE | {"languages": ["fi"]})
     with pytest.raises(InputError, match=r"(?s)empty after filtering.*left out for: language \d+, too_few_words 1"):
         curate(config)
     assert not (tmp_path / "corpus" / "manifest.json").exists()
+
+
+QUESTION = "Which of the two old towns on the river was the first to have a bridge of stone and of iron?"
+
+
+def write_pages(folder: Path) -> CurateConfig:
+    """Pages with a line of the site on each; one of an address seen before, one with a test item, one with an e-mail."""
+    pages = [{"url": f"http://site.org/{number}", "text": prose(70 + number, 40)} for number in range(12)]
+    pages[1]["url"] = "https://www.site.org/0/?utm_source=news"
+    pages[1]["text"] = prose(71, 30)
+    pages[2]["text"] += QUESTION
+    pages[3]["text"] += "Write to ada@example.com or to Ada@Example.com."
+    lines = [json.dumps(page | {"text": f"Share page {number} of 12\n{page['text']}"}) for number, page in enumerate(pages)]
+    folder.mkdir()
+    (folder / "pages.jsonl").write_text("\n".join(lines))
+    (folder / "quiz.txt").write_text(QUESTION)
+    (folder / "key").write_bytes(bytes(range(100, 132)))
+    inputs = [{"name": "site", "kind": "web", "path": folder, "glob": "*.jsonl"}]
+    return curate_config(
+        folder, folder.parent / "corpus", inputs=inputs, evaluation_sets=[{"name": "quiz", "path": folder / "quiz.txt"}],
+        pseudonym_key_file=folder / "key", max_documents_per_line=8,
+    )  # fmt: skip
+
+
+def test_test_items_second_pages_and_repeated_lines_go_and_people_get_pseudonyms(cluster: None, tmp_path: Path) -> None:
+    config = write_pages(tmp_path / "in")
+    artifact = curate(config)
+    report = json.loads((artifact.path / "report.json").read_text())
+    assert report["total"]["removed"] == {"contaminated": 1, "same_url": 1}
+    assert report["contamination"]["quiz"]["items found"] == 1
+    assert report["repeated_lines"] == {"lines": 10, "different_lines": 1, "documents_of_nothing_else": 0}
+    texts = [row["text"] for split in ("train", "heldout") for row in read_split(artifact.path, split).to_pylist()]
+    assert not any("Share page" in text for text in texts)
+    assert sum(map(len, texts)) == artifact.manifest.counts["train_chars"] + artifact.manifest.counts["heldout_chars"]
+    (named,) = (text for text in texts if "Write to" in text)
+    assert re.search(r"Write to (<EMAIL:[a-p]{10}>) or to \1\.$", named)
+    (tmp_path / "in" / "quiz.txt").write_text(
+        "Another question that has at least thirteen words in it, and one that nobody asks."
+    )
+    again = curate(config)
+    assert "contaminated" not in json.loads((again.path / "report.json").read_text())["total"]["removed"]
 
 
 def test_token_rows_decode_to_the_corpus_and_know_their_documents(corpus: Path, tmp_path: Path) -> None:
@@ -185,12 +244,14 @@ def test_token_rows_decode_to_the_corpus_and_know_their_documents(corpus: Path, 
     assert counts["num_bytes"] == sum(len(text.encode()) for text in text_of.values())
     doc_ids = pq.read_table(artifact.path / "provenance.parquet")["doc_ids"].to_pylist()
     assert len(doc_ids) == len(rows)
-    for row, ids in zip(rows.take(np.arange(len(rows))), doc_ids, strict=True):
-        pieces = np.split(row, np.flatnonzero(row == tokenizer.end_of_text_id) + 1)
-        decoded = [tokenizer.decode(piece.tolist()) for piece in pieces if len(piece)]
-        assert len(decoded) == len(ids)
-        assert all(text in text_of[doc_id] for doc_id, text in zip(ids, decoded, strict=True))
-    again = make_tokens(config.model_copy(update={"output": tmp_path / "again"}))
+    documents = rows.take_documents(np.arange(len(rows)))
+    for row, numbers, ids in zip(rows.take(np.arange(len(rows))), documents, doc_ids, strict=True):
+        pieces = np.split(row, np.flatnonzero(np.diff(numbers)) + 1)
+        assert all(tokenizer.decode(piece.tolist()) in text_of[doc_id] for doc_id, piece in zip(ids, pieces, strict=True))
+    report = json.loads((artifact.path / "report.json").read_text())
+    assert sum(source["num_tokens"] for source in report["sources"].values()) == counts["num_tokens"]
+    assert counts["num_tokens"] - rows.row_length < len(rows) * rows.row_length <= counts["num_tokens"]
+    again = make_tokens(config.model_copy(update={"output": tmp_path / "again", "workers": WorkersConfig(num=1, num_cpus=1)}))
     assert contents(again.path) == contents(artifact.path)
 
 
@@ -225,7 +286,7 @@ def test_a_job_killed_halfway_is_finished_by_the_next_run_to_the_same_bytes(corp
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
         overrides = job_overrides(inputs, "corpus")
         job = start_job("curate_corpus.py", *overrides, storage=tmp_path, temporary=temporary)
-        written = tmp_path / "corpus" / "work" / "documents"
+        written = tmp_path / "corpus_documents"
         while not (written.is_dir() and list(written.glob("*.parquet"))):
             assert job.poll() is None, job.communicate()
             time.sleep(0.02)

@@ -1,61 +1,48 @@
 """From folders of books, web pages and Wikipedia dumps to a clean corpus. [Ray]
 
-    read ─> extract ─> anonymise ─> quality ─> language ─> sign ─> duplicates ─> split ─> write
-    └──────────────────── an actor for each worker ───────────┘    └──── driver ─────┘    tasks
+    read ─> extract ─> anonymise ─> score ─> sign ─> │ ─> quality ─> duplicates ─> split ─> write
+    └───────── scored.py: actors and tasks ────────┘        └────── driver ──────┘         tasks
 
 Every document has a place in one order of the whole corpus, which the names of the input files alone decide. So neither the
 number of workers nor the order in which they finish changes a byte of the result. Text is never shuffled and never on the
-driver: it lies under work/ until the verdicts are known. The driver holds an index, with a signature
-of 448 bytes for each document.
+driver, which holds an index of the scores, with a signature of 448 bytes for each document.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray.data
-from pydantic import Field, field_validator
-from ray.data import ActorPoolStrategy
+from pydantic import Field
 
 from powerhouse.artifacts import Artifact, produce, write_atomically
-from powerhouse.config import Config, StoragePath
-from powerhouse.corpora.filters import QualityConfig
-from powerhouse.corpora.process import DOCUMENTS_PER_FILE, DocumentProcessor, read_files
+from powerhouse.config import StoragePath
+from powerhouse.corpora.page import render_page
+from powerhouse.corpora.repeats import drop_lines
 from powerhouse.corpora.report import make_report, sampled_rows
-from powerhouse.corpora.session import TABLES, WorkersConfig, connect
-from powerhouse.corpora.sources import InputFile, SourceConfig, identify, list_files
-from powerhouse.corpora.verdict import INDEX_COLUMNS, Verdicts, decide, reject_bad_files
-from powerhouse.telemetry import progress
+from powerhouse.corpora.scored import score_documents
+from powerhouse.corpora.session import WorkersConfig, connect
+from powerhouse.corpora.sources import list_files
+from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, make_corpus_steps
+from powerhouse.corpora.verdict import Verdicts, decide, reject_bad_files
 
-_TASKS_PER_WORKER = 32
 _COLUMNS = ["doc_id", "source", "kind", "path", "offset", "text"]
 
 
-class CurateConfig(Config):
+class CurateConfig(DocumentsConfig, CorpusStepsConfig):
     """Settings of jobs/curate_corpus.py."""
 
-    inputs: list[SourceConfig] = Field(min_length=1)
-    """The folders of raw text."""
     output: StoragePath
-    """Folder of the corpus: train/, heldout/ and rejects/ as parquet, report.json."""
-    chunk_chars: int = Field(default=4000, ge=200)
-    """A plain text is cut at blank lines into documents of about this many characters."""
-    quality: QualityConfig = QualityConfig()
-    """Limits of the quality rules."""
-    phone_region: str = Field(default="US", pattern="^[A-Z]{2}$")
-    """Country (ISO 3166) whose national phone numbers are found; international ones always are."""
-    duplicate_threshold: float = Field(default=0.8, gt=0, le=1)
-    """A document is removed if its estimated Jaccard similarity to a kept one reaches this."""
+    """Folder of the corpus: train/, heldout/ and rejects/ as parquet, report.json, report.html. All documents with their scores
+    lie beside it, in OUTPUT_documents."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
     """Share of the documents that no model trains on, chosen by the hash of the document's place."""
     max_bad_file_share: float = Field(default=0.0, ge=0, le=1)
@@ -65,14 +52,6 @@ class CurateConfig(Config):
     workers: WorkersConfig = WorkersConfig()
     """How much of the cluster to take."""
 
-    @field_validator("inputs")
-    @classmethod
-    def _names_differ(cls, inputs: list[SourceConfig]) -> list[SourceConfig]:
-        names = [source.name for source in inputs]
-        if len(set(names)) < len(names):
-            raise ValueError("sources with different names")
-        return inputs
-
 
 def curate(config: CurateConfig) -> Artifact:
     """Write the corpus to `config.output`.
@@ -81,26 +60,32 @@ def curate(config: CurateConfig) -> Artifact:
         InputError: the input is missing or damaged, or nothing is left of it.
     """
     files = list_files(config.inputs)
-    identities = {source.name: identify(source) for source in config.inputs}
-    settings = config.model_dump(mode="json", exclude={"output": True, "workers": True, "inputs": {"__all__": {"path"}}})
-    settings["folders"] = {name: folder for name, (folder, _) in identities.items()}
-    inputs = {name: content for name, (_, content) in identities.items()}
-    return produce(config.output, "corpus", settings, inputs, partial(_make, config, files))
+    documents = score_documents(config, files, config.output.with_name(f"{config.output.name}_documents"), config.workers)
+    others = (set(DocumentsConfig.model_fields) - set(CorpusStepsConfig.model_fields)) | {"output", "workers"}
+    settings = config.model_dump(mode="json", exclude=others | {"evaluation_sets"})
+    settings["weights"] = {source.name: source.weight for source in config.inputs}
+    # What the documents were made of stands here too: where other workers wrote them, they are the same documents.
+    inputs = documents.manifest.inputs | {"documents": documents.manifest.fingerprint}
+    return produce(config.output, "corpus", settings, inputs, partial(_make, config, len(files), documents.path))
 
 
-def _make(config: CurateConfig, files: list[InputFile], folder: Path) -> dict[str, int]:
+def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -> dict[str, int]:
     connect(config.workers)
-    work = folder / "work"
-    documents = work / "documents"
-    _judge_documents(config, files, documents)
-    index = pads.dataset(documents).to_table(columns=INDEX_COLUMNS).sort_by("order")
-    index = reject_bad_files(index, len(files), config.max_bad_file_share)
-    verdicts = decide(index, config.duplicate_threshold, config.heldout_share)
-    _write_splits(config, verdicts.index, folder, work)
-    report = make_report(verdicts, _read_texts(verdicts, documents))
+    dataset = _open(documents)
+    index = dataset.to_table(columns=[name for name in dataset.schema.names if name != "text"]).sort_by("order")
+    index = reject_bad_files(index, num_files, config.max_bad_file_share)
+    weights = {source.name: source.weight for source in config.inputs}
+    verdicts = decide(index, make_corpus_steps(config), config.heldout_share, weights)
+    _write_splits(config, verdicts, documents, folder)
+    report = make_report(verdicts, _read_texts(verdicts, documents), config.quality)
     write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    shutil.rmtree(work)
-    return _count(report, len(files))
+    write_atomically(folder / "report.html", render_page(report))
+    return _count(report, num_files)
+
+
+def _open(documents: Path) -> pads.Dataset:
+    """The parquet files alone: beside them lies the manifest."""
+    return pads.dataset(sorted(map(str, documents.glob("*.parquet"))), format="parquet")
 
 
 def _count(report: dict[str, Any], num_files: int) -> dict[str, int]:
@@ -116,72 +101,37 @@ def _count(report: dict[str, Any], num_files: int) -> dict[str, int]:
     }
 
 
-def _judge_documents(config: CurateConfig, files: list[InputFile], documents: Path) -> None:
-    """Write every document with its verdict so far to the folder, in any order, and show how many files are done."""
-    documents.mkdir(parents=True)
-    workers = config.workers
-    largest_first = sorted(files, key=lambda file: -file.path.stat().st_size)
-    num_tasks = min(len(files), workers.num * _TASKS_PER_WORKER)
-    done = (
-        ray.data.from_items([{"number": file.number} for file in largest_first], override_num_blocks=num_tasks)
-        .map_batches(_read, fn_args=(files, config.chunk_chars), **TABLES, **workers.options())
-        .map_batches(
-            _Processor,
-            fn_constructor_args=(config.quality, config.phone_region, documents),
-            compute=ActorPoolStrategy(size=workers.num),
-            **TABLES,
-            **workers.options(),
-        )
-    )
-    seen: set[int] = set()
-    with progress("files judged", len(files), "file") as bar:
-        for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-            seen.update(batch["number"].to_pylist())
-            bar.update(len(seen) - bar.n)
-
-
-def _read(batch: pa.Table, files: list[InputFile], chunk_chars: int) -> Iterator[pa.Table]:
-    yield from read_files([files[number] for number in batch["number"].to_pylist()], chunk_chars)
-
-
-class _Processor:
-    """The actor: it writes the documents that it judged, and answers only the numbers of their files."""
-
-    def __init__(self, limits: QualityConfig, phone_region: str, documents: Path) -> None:
-        self._process = DocumentProcessor(limits, phone_region)
-        self._documents = documents
-
-    def __call__(self, raw: pa.Table) -> pa.Table:
-        if raw.num_rows:
-            # The first place names the file, so that a task that Ray runs again writes over what it left.
-            pq.write_table(self._process(raw), self._documents / f"{raw['order'][0]}.parquet")
-        return pa.table({"number": pc.unique(pc.divide(raw["order"], DOCUMENTS_PER_FILE))})
-
-
-def _write_splits(config: CurateConfig, index: pa.Table, folder: Path, work: Path) -> None:
+def _write_splits(config: CurateConfig, verdicts: Verdicts, documents: Path, folder: Path) -> None:
     """Write each range of the corpus' order as one file of every split that has documents there."""
-    pq.write_table(index.select(["order", "reason", "detail", "split"]), work / "verdicts.parquet")
-    orders = index["order"].to_numpy()
+    path = folder / "verdicts.parquet"
+    pq.write_table(verdicts.index.select(["order", "reason", "detail", "split", "num_copies"]), path)
+    orders = verdicts.index["order"].to_numpy()
     step = config.num_documents_per_file
     ranges = [
         {"number": number, "first": int(part[0]), "last": int(part[-1])}
         for number, part in enumerate(np.split(orders, range(step, len(orders), step)))
     ]
     items = ray.data.from_items(ranges, override_num_blocks=len(ranges))
-    write = partial(_write_range, folder=folder)
+    write = partial(_write_range, documents=documents, folder=folder, repeated_lines=verdicts.repeated_lines)
     items.map(write, **config.workers.options()).materialize()
+    path.unlink()
 
 
-def _write_range(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _write_range(row: dict[str, Any], documents: Path, folder: Path, repeated_lines: npt.NDArray[np.uint64]) -> dict[str, Any]:
     is_here = (pads.field("order") >= row["first"]) & (pads.field("order") <= row["last"])
-    texts = pads.dataset(folder / "work" / "documents").to_table(columns=["order", *_COLUMNS], filter=is_here).sort_by("order")
-    verdicts = pads.dataset(folder / "work" / "verdicts.parquet").to_table(filter=is_here).sort_by("order")
+    dataset = _open(documents)
+    texts = dataset.to_table(columns=["order", *_COLUMNS], filter=is_here).sort_by("order")
+    verdicts = pads.dataset(folder / "verdicts.parquet").to_table(filter=is_here).sort_by("order")
+    splits = verdicts["split"].to_numpy()
     for split in ("train", "heldout", "rejects"):
-        is_in = pc.equal(verdicts["split"], split)
-        part = texts.filter(is_in).select(_COLUMNS)
+        rows = np.repeat(np.flatnonzero(splits == split), verdicts["num_copies"].to_numpy()[splits == split])
+        part = texts.select(_COLUMNS).take(rows)
+        if split != "rejects" and len(repeated_lines):
+            kept = [drop_lines(text, repeated_lines) for text in part["text"].to_pylist()]
+            part = part.set_column(_COLUMNS.index("text"), "text", pa.array(kept, type=pa.large_string()))
         if split == "rejects":
             for name in ("reason", "detail"):
-                part = part.append_column(name, verdicts.filter(is_in)[name])
+                part = part.append_column(name, verdicts[name].take(rows))
         if part.num_rows:
             (folder / split).mkdir(exist_ok=True)
             pq.write_table(part.combine_chunks(), folder / split / f"part-{row['number']:05d}.parquet", compression="zstd")
@@ -192,5 +142,5 @@ def _read_texts(verdicts: Verdicts, documents: Path) -> dict[int, str]:
     """Give the text of the rows that the report shows."""
     rows = sampled_rows(verdicts)
     order_of = {verdicts.index["order"][row].as_py(): row for row in rows}
-    table = pads.dataset(documents).to_table(columns=["order", "text"], filter=pads.field("order").isin(list(order_of)))
+    table = _open(documents).to_table(columns=["order", "text"], filter=pads.field("order").isin(list(order_of)))
     return {order_of[item["order"]]: item["text"] for item in table.to_pylist()}

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from powerhouse.corpora import dedup
-from powerhouse.corpora.document import RawDocument, Rejection, make_doc_id
-from powerhouse.corpora.extract import extract
-from powerhouse.corpora.filters import DocumentView, Language, QualityConfig, first_rejection
+from powerhouse.corpora.document import Columns, DocumentStep, Draft, RawDocument, Rejection, make_doc_id
+from powerhouse.corpora.extract import MAX_DEPTH, extract, markup_depth
 from powerhouse.corpora.readers import read_documents
-from powerhouse.corpora.redact import redact
 from powerhouse.corpora.sources import InputFile
 from powerhouse.errors import InputError
 
 BAD_FILE = "bad_file"
-_PLACE: list[tuple[str, pa.DataType]] = [
+_PLACE: Columns = (
     ("order", pa.int64()),  # number of the file, then of the document in it: the order of the whole corpus
     ("doc_id", pa.uint64()),
     ("source", pa.string()),
     ("kind", pa.string()),
     ("path", pa.string()),
     ("offset", pa.int64()),
-]
-_VERDICT: list[tuple[str, pa.DataType]] = [("reason", pa.string()), ("detail", pa.string())]
-RAW = pa.schema([*_PLACE, *_VERDICT, ("markup", pa.string()), ("content", pa.large_string())])
-JUDGED = pa.schema(
-    [
-        *_PLACE,
-        *_VERDICT,
-        ("text", pa.large_string()),
-        ("num_chars", pa.int64()),
-        ("num_emails", pa.int32()),
-        ("num_phones", pa.int32()),
-        ("num_ips", pa.int32()),
-        ("text_hash", pa.uint64()),
-        ("signature", pa.binary(4 * dedup.NUM_PERMUTATIONS)),
-    ]
 )
+_VERDICT: Columns = (("reason", pa.string()), ("detail", pa.string()))
+RAW = pa.schema([*_PLACE, *_VERDICT, ("markup", pa.string()), ("url", pa.string()), ("content", pa.large_string())])
+_TEXT: Columns = (("text", pa.large_string()), ("num_chars", pa.int64()))
 _CHARS_PER_TABLE = 2**22
 DOCUMENTS_PER_FILE = 2**32
 """Room that the column `order` leaves for the documents of one file."""
@@ -61,7 +46,7 @@ def read_files(files: Iterable[InputFile], chunk_chars: int) -> Iterator[pa.Tabl
 def _rows(file: InputFile, chunk_chars: int) -> Iterator[dict[str, Any]]:
     number = 0
     try:
-        for number, raw in enumerate(read_documents(file.path, chunk_chars), start=1):
+        for number, raw in enumerate(read_documents(file.location, file.options(chunk_chars)), start=1):
             yield _row(file, number - 1, raw)
     except InputError as error:
         bad = RawDocument(0, "text", "", Rejection(BAD_FILE, str(error)))
@@ -80,41 +65,38 @@ def _row(file: InputFile, number: int, raw: RawDocument) -> dict[str, Any]:
         "reason": raw.rejection.reason if raw.rejection else None,
         "detail": raw.rejection.detail if raw.rejection else None,
         "markup": raw.markup,
+        "url": raw.url,
         "content": raw.content,
     }
 
 
 class DocumentProcessor:
-    """Raw documents in, judged documents out; it holds the language model, so it is made once a worker."""
+    """Raw documents in, documents with the columns of every step out; made once a worker."""
 
-    def __init__(self, limits: QualityConfig, phone_region: str) -> None:
-        self._limits = limits
-        self._phone_region = phone_region
-        self._language = Language()
+    def __init__(self, steps: Sequence[DocumentStep]) -> None:
+        self._steps = steps
+        self.schema = pa.schema([*_PLACE, *_VERDICT, *_TEXT, *(column for step in steps for column in step.schema)])
 
     def __call__(self, raw: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(list(self._judge_all(raw.to_pylist())), schema=JUDGED)
+        return pa.Table.from_pylist([self._judge(row) for row in raw.to_pylist()], schema=self.schema)
 
-    def _judge_all(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for row in rows:
-            markup, content = row.pop("markup"), row.pop("content")
-            yield row | self._judge(markup, content, row["reason"])
+    def _judge(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Give the document's columns. One already left out, such as a redirect, keeps its markup."""
+        rejection = Rejection(row["reason"], row["detail"]) if row["reason"] else None
+        raw = RawDocument(row["offset"], row.pop("markup"), row.pop("content"), rejection, row.pop("url"))
+        draft = _extract(raw)
+        for step in self._steps:
+            if draft.rejection is None:
+                step(draft)
+        found = draft.rejection
+        verdict = {"reason": found.reason if found else None, "detail": found.detail if found else None}
+        return row | verdict | {"text": draft.text, "num_chars": len(draft.text)} | draft.columns
 
-    def _judge(self, markup: Any, content: str, reason: str | None) -> dict[str, Any]:
-        """Give the columns that the text itself decides. One already left out, such as a redirect, keeps its markup."""
-        if reason:
-            return {"text": content, "num_chars": len(content), "num_emails": 0, "num_phones": 0, "num_ips": 0}
-        text, found = redact(extract(markup, content), self._phone_region)
-        view = DocumentView(text)
-        rejection = first_rejection(view, self._limits, self._language)
-        return {
-            "reason": rejection.reason if rejection else None,
-            "detail": rejection.detail if rejection else None,
-            "text": text,
-            "num_chars": len(text),
-            "num_emails": found.get("EMAIL", 0),
-            "num_phones": found.get("PHONE", 0),
-            "num_ips": found.get("IP", 0),
-            "text_hash": None if rejection else dedup.text_hash(view.normalised_words),
-            "signature": None if rejection else dedup.signature(view.normalised_words).tobytes(),
-        }
+
+def _extract(raw: RawDocument) -> Draft:
+    """Give the document's text; one already left out, or too deep for the parsers, keeps its markup."""
+    if raw.rejection:
+        return Draft(raw, raw.content, raw.rejection)
+    if (depth := markup_depth(raw.markup, raw.content)) > MAX_DEPTH[raw.markup]:
+        return Draft(raw, raw.content, Rejection("nested_too_deep", f"{depth} > {MAX_DEPTH[raw.markup]}"))
+    return Draft(raw, extract(raw.markup, raw.content))

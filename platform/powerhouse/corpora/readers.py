@@ -1,122 +1,199 @@
-"""Files in, raw documents out: plain text in chunks, HTML by page, MediaWiki XML dumps by page, each also .gz or .bz2.
+"""Files in, raw documents out: plain text in chunks, records of tables, web pages, MediaWiki dumps, books as epub.
 
-A plain text is a book, too coarse a document for deduplication and for the train/held-out split, so it is cut at blank lines.
-Which blank lines depends on the text around them alone (content-defined chunking, Muthitacharoen et al. 2001): two editions
-of one book, one with a longer preface, fall into the same chunks after it.
+Every reader is a stream: no file is ever whole in memory, but for a single web page or chapter. A bad record is a document with
+a rejection; a file that is damaged, or not what its name says, is an error, told after what could be read of it.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import re
+import csv
+import json
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
-import xxhash
+import aiohttp
+import pyarrow as pa
+import pyarrow.parquet as pq
 from lxml import etree
 
+from powerhouse.corpora.archives import read_epub, read_warc
+from powerhouse.corpora.chunks import split_chunks
 from powerhouse.corpora.document import RawDocument, Rejection
+from powerhouse.corpora.opening import COMPRESSED, ending_of, open_binary
+from powerhouse.corpora.pages import MAX_PAGE_BYTES, check_page
 from powerhouse.errors import InputError
 
-_OPENERS: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".bz2": bz2.open}
-_HTML_ELEMENT = re.compile(r"<[a-zA-Z!][^<>]*>")
+MAX_LINE_CHARS = 1_000_000
+"""A longer line of plain text is cut here."""
+MAX_RECORD_BYTES = 2**25
+"""A longer record of a table is left out."""
+_PARQUET_BATCH = 256
 
 
-def reader_of(path: Path) -> Callable[[Path, int], Iterator[RawDocument]]:
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a reader needs to know besides the file."""
+
+    chunk_chars: int = 4000
+    text_column: str = "text"
+    first: int = 0
+    """First byte of a .jsonl, or row group of a .parquet, of the piece to read."""
+    last: int | None = None
+    """The one after its last; None for all."""
+
+
+Reader = Callable[[str, ReadOptions], Iterator[RawDocument]]
+
+
+def reader_of(location: str | Path) -> Reader:
     """Return the reader for a file's name.
 
     Raises:
         InputError: no reader knows the ending.
     """
-    ending = path.with_suffix("").suffix if path.suffix in _OPENERS else path.suffix
-    ending = ending.partition("-")[0]  # Wikipedia names the parts of its dumps articles1.xml-p1p41242.bz2
+    ending = ending_of(location).partition("-")[0]  # Wikipedia names the parts of its dumps articles1.xml-p1p41242.bz2
     if ending not in _READERS:
-        allowed = ", ".join(_READERS) + ", each also with .gz or .bz2"
-        raise InputError(f"{path}: no reader for this kind of file", got=path.suffix, allowed=allowed, do="narrow the glob")
+        allowed = f"{', '.join(_READERS)}, each but .epub and .parquet also with {', '.join(COMPRESSED)}"
+        raise InputError(f"{location}: no reader for this kind of file", got=ending, allowed=allowed, do="narrow the glob")
     return _READERS[ending]
 
 
-def read_documents(path: Path, chunk_chars: int) -> Iterator[RawDocument]:
+def read_documents(location: str | Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Yield the documents of one file, in its order.
 
     Raises:
         InputError: the file is cut short, not UTF-8, or not what its name says.
     """
-    with _damage_named(path):
-        yield from reader_of(path)(path, chunk_chars)
+    with _damage_named(str(location)):
+        yield from reader_of(location)(str(location), options)
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _damage_named(location: str) -> Iterator[None]:
     do = "fetch the file again, or leave it out with the glob"
     try:
         yield
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8", got=f"{error.reason} at byte {error.start}", do="convert it to UTF-8") from None
+        what = f"{location}: not UTF-8"
+        raise InputError(what, got=f"{error.reason} at byte {error.start}", do="convert it to UTF-8") from None
     except etree.XMLSyntaxError as error:
-        raise InputError(f"{path}: not well-formed XML", got=error.msg, do=do) from None
-    except (EOFError, zlib.error, OSError) as error:
-        raise InputError(f"{path}: truncated or damaged", got=error, do=do) from None
+        raise InputError(f"{location}: not well-formed XML", got=error.msg, do=do) from None
+    except (PermissionError, FileNotFoundError, aiohttp.ClientResponseError) as error:
+        what = f"{location}: not there, or no right to read it"
+        raise InputError(what, got=error, do="give this process the right, or leave it out with the glob") from None
+    except (EOFError, zlib.error, OSError, zipfile.BadZipFile, pa.ArrowException, csv.Error, aiohttp.ClientError) as error:
+        raise InputError(f"{location}: truncated or damaged", got=error, do=do) from None
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, _OPENERS[path.suffix](path) if path.suffix in _OPENERS else path.open("rb"))
+def _open_text(location: str, newline: str | None = None) -> TextIOWrapper:
+    return TextIOWrapper(open_binary(location), encoding="utf-8-sig", newline=newline)
 
 
-def _read_text(path: Path) -> str:
-    with _open(path) as file:
-        text = file.read().decode("utf-8-sig")
-    if "\0" in text:
-        raise InputError(f"{path}: not a text: it holds a NUL byte", got=f"at character {text.index(chr(0))}")
-    return text.replace("\r\n", "\n")
+def _read_plain(location: str, options: ReadOptions) -> Iterator[RawDocument]:
+    with _open_text(location) as file:
+        for offset, chunk in split_chunks(iter(lambda: file.readline(MAX_LINE_CHARS), ""), options.chunk_chars):
+            if "\0" in chunk:
+                place = f"at character {offset + chunk.index(chr(0))}"
+                raise InputError(f"{location}: not a text: it holds a NUL byte", got=place)
+            yield RawDocument(offset, "text", chunk)
 
 
-def _read_plain(path: Path, chunk_chars: int) -> Iterator[RawDocument]:
-    for offset, chunk in split_chunks(_read_text(path), chunk_chars):
-        yield RawDocument(offset, "text", chunk)
+def _read_jsonl(location: str, options: ReadOptions) -> Iterator[RawDocument]:
+    """Read one JSON object a line; a piece is the lines that begin in it."""
+    with open_binary(location) as file:
+        offset = _seek_line(file, options.first)
+        while (options.last is None or offset < options.last) and (line := file.readline(MAX_RECORD_BYTES)):
+            num_bytes = len(line)
+            is_whole = num_bytes < MAX_RECORD_BYTES or line.endswith(b"\n")
+            while not is_whole and (rest := file.readline(MAX_RECORD_BYTES)):
+                num_bytes += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            if line.strip():
+                yield _record(offset, line, options.text_column) if is_whole else _bad(offset, f"{num_bytes:,} bytes long")
+            offset += num_bytes
 
 
-def split_chunks(text: str, chunk_chars: int) -> Iterator[tuple[int, str]]:
-    """Cut a text into chunks of about `chunk_chars` characters; yield each with its offset.
-
-    From half that size on, a line break at a blank line is a cut with a chance, by the hash of the line before it, that makes
-    the mean come out; from twice that size on, every line break is a cut. Only a longer single line makes a longer chunk.
-    """
-    start = end = blank_start = 0
-    for line in text.splitlines(keepends=True):
-        end += len(line)
-        length = end - start
-        paragraph_chars = end - blank_start
-        is_blank = not line.strip()
-        is_cut = is_blank and length >= chunk_chars // 2 and _is_cut(text[blank_start:end], paragraph_chars, chunk_chars // 2)
-        if is_cut or length >= 2 * chunk_chars:
-            yield start, text[start:end]
-            start = end
-        if is_blank:
-            blank_start = end
-    if end > start:
-        yield start, text[start:end]
+def _seek_line(file: BinaryIO, first: int) -> int:
+    """Go to the first line that begins at or after a byte."""
+    if first == 0:
+        return 0
+    file.seek(first - 1)
+    skipped = 0
+    while part := file.readline(MAX_RECORD_BYTES):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return first - 1 + skipped
 
 
-def _is_cut(paragraph: str, paragraph_chars: int, mean_chars: int) -> bool:
-    """Say yes with chance paragraph_chars / mean_chars, decided by the paragraph's own text."""
-    return xxhash.xxh3_64_intdigest(paragraph.encode()) < 2**64 * paragraph_chars / mean_chars
+def _record(offset: int, line: bytes, column: str) -> RawDocument:
+    try:
+        value = json.loads(line.decode())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return _bad(offset, f"not a JSON object: {error}", line[:200].decode(errors="replace"))
+    if not isinstance(value, dict) or not isinstance(value.get(column), str):
+        return _bad(offset, f"no text in {column!r}", line[:200].decode(errors="replace"))
+    url = value["url"] if isinstance(value.get("url"), str) else None
+    text = value[column].encode(errors="replace").decode()  # an escape may be half a character
+    return RawDocument(offset, "text", text, url=url.encode(errors="replace").decode() if url else None)
 
 
-def _read_html(path: Path, _: int) -> Iterator[RawDocument]:
-    content = _read_text(path)
-    if not _HTML_ELEMENT.search(content):
-        raise InputError(f"{path}: not HTML: it has no element", got=repr(content[:60]), do="leave it out with the glob")
-    yield RawDocument(0, "html", content)
+def _bad(offset: int, why: str, shown: str = "") -> RawDocument:
+    return RawDocument(offset, "text", shown, Rejection("bad_record", why))
 
 
-def _read_dump(path: Path, _: int) -> Iterator[RawDocument]:
+def _read_csv(location: str, options: ReadOptions) -> Iterator[RawDocument]:
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    delimiter = "\t" if ending_of(location) == ".tsv" else ","
+    with _open_text(location, newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        header = next(rows, [])
+        _check_column(location, options.text_column, header)
+        column = header.index(options.text_column)
+        for number, row in enumerate(rows):
+            if len(row) == len(header):
+                yield RawDocument(number, "text", row[column])
+            elif row:
+                yield _bad(number, f"{len(row)} fields, the header has {len(header)}", " ".join(row)[:200])
+
+
+def _check_column(location: str, column: str, there: list[str]) -> None:
+    if column not in there:
+        do = "set the source's text_column"
+        raise InputError(f"{location}: no column {column!r}", got=", ".join(there) or "no column at all", do=do)
+
+
+def _read_parquet(location: str, options: ReadOptions) -> Iterator[RawDocument]:
+    with open_binary(location) as source, pq.ParquetFile(source) as file:
+        column = options.text_column
+        _check_column(location, column, file.schema_arrow.names)
+        if not pa.types.is_string(kind := file.schema_arrow.field(column).type) and not pa.types.is_large_string(kind):
+            raise InputError(f"{location}: column {column!r} holds no text", got=kind, allowed="string")
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        groups = range(file.num_row_groups)[options.first : options.last]
+        number = sum(sizes[: options.first])
+        for batch in file.iter_batches(_PARQUET_BATCH, row_groups=list(groups), columns=[column]):
+            for text in batch[column].to_pylist():
+                yield _bad(number, f"no text in {column!r}") if text is None else RawDocument(number, "text", text)
+                number += 1
+
+
+def _read_html(location: str, _: ReadOptions) -> Iterator[RawDocument]:
+    with open_binary(location) as file:
+        content = file.read(MAX_PAGE_BYTES + 1)
+    yield check_page(location, content)
+
+
+def _read_dump(location: str, _: ReadOptions) -> Iterator[RawDocument]:
     num_pages = 0
-    with _open(path) as file:
+    with open_binary(location) as file:
         events = etree.iterparse(file, tag="{*}page", resolve_entities=False, no_network=True, huge_tree=True)
         for _event, page in events:
             num_pages += 1
@@ -125,7 +202,7 @@ def _read_dump(path: Path, _: int) -> Iterator[RawDocument]:
             while page.getprevious() is not None:
                 del page.getparent()[0]
     if not num_pages:
-        raise InputError(f"{path}: not a MediaWiki dump: it has no <page>", do="leave it out with the glob")
+        raise InputError(f"{location}: not a MediaWiki dump: it has no <page>", do="leave it out with the glob")
 
 
 def _page(page: etree._Element) -> RawDocument:
@@ -138,9 +215,15 @@ def _page(page: etree._Element) -> RawDocument:
     return RawDocument(int(page.findtext("{*}id", "0")), "wikitext", text, rejection)
 
 
-_READERS: dict[str, Callable[[Path, int], Iterator[RawDocument]]] = {
+_READERS: dict[str, Reader] = {
     ".txt": _read_plain,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
     ".html": _read_html,
     ".htm": _read_html,
+    ".warc": lambda location, _: read_warc(location),
+    ".epub": lambda location, _: read_epub(location),
     ".xml": _read_dump,
 }

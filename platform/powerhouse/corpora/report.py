@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from powerhouse.corpora.document import Removal
+from powerhouse.corpora.filters import RULES, QualityConfig
 from powerhouse.corpora.process import BAD_FILE
 from powerhouse.corpora.verdict import Verdicts
 
 _NUM_PAIRS = 8
+_NUM_STEPS = 30
 _NUM_REJECTS_PER_REASON = 2
 _SNIPPET_CHARS = 300
 
 
 def sampled_rows(verdicts: Verdicts) -> list[int]:
     """Give the rows of the index whose text the report shows."""
-    pairs = [row for found in _sample_pairs(verdicts) for row in (found.kept, found.removed)]
+    pairs = [row for found in _sample_pairs(verdicts) for row in (found.twin, found.row) if row is not None]
     return sorted({*pairs, *(row for rows in _sample_rejects(verdicts).values() for row in rows)})
 
 
-def make_report(verdicts: Verdicts, texts: Mapping[int, str]) -> dict[str, Any]:
+def make_report(verdicts: Verdicts, texts: Mapping[int, str], limits: QualityConfig) -> dict[str, Any]:
     """Put the whole report together; `texts` maps the rows of `sampled_rows` to their text."""
     index = verdicts.index
     return {
         "sources": {name: _funnel(index.filter(pc.equal(index["source"], name))) for name in _distinct(index["source"])},
         "total": _funnel(index),
-        "personal_data": {kind: pc.sum(index[f"num_{kind}"]).as_py() for kind in ("emails", "phones", "ips")},
-        "duplicates": _describe_duplicates(verdicts, texts),
+        "histograms": dict(_histograms(index, limits)),
+        **verdicts.sections,
+        "pairs": _describe_pairs(verdicts, texts),
         "rejects": {
             reason: [_place(index, row) | {"detail": index["detail"][row].as_py(), "text": _cut(texts[row])} for row in rows]
             for reason, rows in _sample_rejects(verdicts).items()
@@ -49,26 +54,41 @@ def _funnel(index: pa.Table) -> dict[str, Any]:
     return out
 
 
-def _describe_duplicates(verdicts: Verdicts, texts: Mapping[int, str]) -> dict[str, Any]:
-    sizes = Counter(Counter(found.kept for found in verdicts.duplicates).values())
-    return {
-        "exact": sum(found.is_exact for found in verdicts.duplicates),
-        "near": sum(not found.is_exact for found in verdicts.duplicates),
-        "clusters_by_size": {str(size + 1): count for size, count in sorted(sizes.items())},
-        "pairs": [
-            {
-                "similarity": round(found.similarity, 3),
-                "kept": _place(verdicts.index, found.kept) | {"text": _cut(texts[found.kept])},
-                "removed": _place(verdicts.index, found.removed) | {"text": _cut(texts[found.removed])},
-            }
-            for found in _sample_pairs(verdicts)
-        ],
-    }
+def _histograms(index: pa.Table, limits: QualityConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Count the kept and the removed documents in 30 steps of every score that is not the same for all."""
+    is_removed = pc.is_valid(index["reason"]).to_numpy()
+    for name in ("num_chars", *dict.fromkeys(rule.score for rule in RULES)):
+        values = index[name].to_numpy().astype(np.float64)
+        is_known = np.isfinite(values)
+        if not is_known.any():
+            continue
+        low, high = np.quantile(values[is_known], [0.005, 0.995])
+        if low == high:
+            continue
+        counts = [
+            np.histogram(np.clip(values[is_known & is_in], low, high), _NUM_STEPS, (low, high))[0].tolist()
+            for is_in in (~is_removed, is_removed)
+        ]
+        edges = [float(getattr(limits, rule.limit)) for rule in RULES if rule.score == name]
+        ends = {"low": round(float(low), 6), "high": round(float(high), 6)}
+        yield name, ends | {"limits": edges, "kept": counts[0], "removed": counts[1]}
 
 
-def _sample_pairs(verdicts: Verdicts) -> list[Any]:
+def _describe_pairs(verdicts: Verdicts, texts: Mapping[int, str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "similarity": round(found.similarity or 0.0, 3),
+            "reason": found.reason,
+            "kept": _place(verdicts.index, found.twin or 0) | {"text": _cut(texts[found.twin or 0])},
+            "removed": _place(verdicts.index, found.row) | {"text": _cut(texts[found.row])},
+        }
+        for found in _sample_pairs(verdicts)
+    ]
+
+
+def _sample_pairs(verdicts: Verdicts) -> list[Removal]:
     """The least similar pairs first: those are the ones to look at."""
-    return sorted(verdicts.duplicates, key=lambda found: (found.similarity, found.removed))[:_NUM_PAIRS]
+    return sorted(verdicts.twins, key=lambda found: (found.similarity or 0.0, found.row))[:_NUM_PAIRS]
 
 
 def _sample_rejects(verdicts: Verdicts) -> dict[str, list[int]]:

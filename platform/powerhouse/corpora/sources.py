@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
+
+import fsspec
+import pyarrow.parquet as pq
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact
-from powerhouse.config import Config, StoragePath
+from powerhouse.config import Config, storage_root
 from powerhouse.corpora.document import Kind
-from powerhouse.corpora.readers import reader_of
+from powerhouse.corpora.opening import open_raw
+from powerhouse.corpora.readers import ReadOptions, reader_of
 from powerhouse.errors import InputError
+
+PIECE_BYTES = 2**26
+"""A larger .jsonl or .parquet file is read in pieces of about this size."""
+
+Location = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+    AfterValidator(lambda text: text if "://" in text else str(storage_root() / text)),
+]
+"""A URI that fsspec knows, or a path of data: relative under the storage root."""
 
 
 class SourceConfig(Config):
@@ -20,24 +38,37 @@ class SourceConfig(Config):
     name: str
     """Name in the report and in every document."""
     kind: Kind
-    """What it holds: book, web or wikipedia."""
-    path: StoragePath
-    """Folder; inside a texts artifact, or any folder of your own."""
+    """What it holds: book, web, wikipedia or other."""
+    path: Location
+    """Folder; inside a texts artifact, or any folder of your own, or a URI such as s3://bucket/folder (fsspec)."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often a document of it stands in train/: 0.5 keeps half of them, chosen by their hash, 2 writes each twice."""
     glob: str = "**/*.*"
-    """Which files under the folder; the ending (.txt .html .xml, each also .gz .bz2) chooses the reader."""
+    """Which files under the folder; the ending (.txt .jsonl .csv .parquet .html .warc .epub .xml) chooses the reader."""
+    text_column: str = "text"
+    """Where a .jsonl, .csv or .parquet file has its text."""
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of a source."""
+    """One file of a source, or a piece of a large one."""
 
     number: int
-    """Place in the order of all files of all sources."""
+    """Place in the order of all files and pieces of all sources."""
     source: str
     kind: Kind
     relative: str
     """Path below the source's folder, with `/`."""
-    path: Path
+    location: str
+    """Path or URI."""
+    size_bytes: int
+    text_column: str = "text"
+    first: int = 0
+    last: int | None = None
+    """The piece, see ReadOptions."""
+
+    def options(self, chunk_chars: int) -> ReadOptions:
+        return ReadOptions(chunk_chars, self.text_column, self.first, self.last)
 
 
 def list_files(sources: Sequence[SourceConfig]) -> list[InputFile]:
@@ -46,23 +77,74 @@ def list_files(sources: Sequence[SourceConfig]) -> list[InputFile]:
     Raises:
         InputError: a folder is missing, has no file that matches, or has one that no reader knows.
     """
-    found = [(source, path) for source in sources for path in _matching(source)]
-    for _, path in found:
-        reader_of(path)
+    found = [(source, *file) for source in sources for file in _matching(source)]
+    for _, _, location, _ in found:
+        reader_of(location)
+    pieces = [(*file, *piece) for file in found for piece in _pieces(file[2], file[3])]
     return [
-        InputFile(number, source.name, source.kind, path.relative_to(source.path).as_posix(), path)
-        for number, (source, path) in enumerate(found)
+        InputFile(number, source.name, source.kind, relative, location, size, source.text_column, first, last)
+        for number, (source, relative, location, _, first, last, size) in enumerate(pieces)
     ]
 
 
-def _matching(source: SourceConfig) -> list[Path]:
-    if not source.path.is_dir():
-        raise InputError(f"inputs: {source.name}: no such folder", got=source.path, do="fetch the texts, or correct the path")
-    paths = sorted(path for path in source.path.glob(source.glob) if path.is_file())
-    if not paths:
+def _pieces(location: str, size_bytes: int) -> Iterator[tuple[int, int | None, int]]:
+    """Give the pieces of a file as first, last and size in bytes; its size alone decides them."""
+    ending = Path(location).suffix.lower()
+    num_pieces = -(-size_bytes // PIECE_BYTES)
+    if num_pieces < 2 or ending not in (".jsonl", ".parquet"):
+        yield 0, None, size_bytes
+        return
+    num_units = size_bytes if ending == ".jsonl" else _num_row_groups(location)
+    bounds = [num_units * piece // num_pieces for piece in range(num_pieces + 1)]
+    for first, last in pairwise(bounds):
+        if last > first:
+            yield first, last, size_bytes // num_pieces
+
+
+def _num_row_groups(location: str) -> int:
+    """Give it, or 1 for a damaged file, of which its reader tells."""
+    try:
+        with open_raw(location) as file:
+            return int(pq.ParquetFile(file).num_row_groups)
+    except (OSError, ValueError):
+        return 1
+
+
+def _matching(source: SourceConfig) -> list[tuple[str, str, int]]:
+    """Give path below the folder, location and size of every file that matches, by name."""
+    found = sorted(_list_remote(source) if "://" in source.path else _list_local(source))
+    if not found:
         what = f"inputs: {source.name}: no file in {source.path} matches"
         raise InputError(what, got=f"glob {source.glob!r}", do="put files there, or correct the glob")
-    return paths
+    return found
+
+
+def _list_local(source: SourceConfig) -> list[tuple[str, str, int]]:
+    folder = Path(source.path)
+    if not folder.is_dir():
+        raise InputError(f"inputs: {source.name}: no such folder", got=folder, do="fetch the texts, or correct the path")
+    paths = (path for path in folder.glob(source.glob) if path.is_file())
+    return [(path.relative_to(folder).as_posix(), str(path), path.stat().st_size) for path in paths]
+
+
+def _list_remote(source: SourceConfig) -> list[tuple[str, str, int]]:
+    try:
+        system, root = fsspec.core.url_to_fs(source.path)
+        found = system.find(root, detail=True)
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        raise InputError(
+            f"inputs: {source.name}: {source.path} cannot be listed",
+            got=f"{type(error).__name__}: {error}",
+            do="check the URI, the rights, and that the package for this protocol is installed",
+        ) from None
+    named = ((path[len(root) :].lstrip("/"), info) for path, info in found.items())
+    # As pathlib has it, **/ may also stand for no folder.
+    globs = (source.glob, source.glob.removeprefix("**/"))
+    return [
+        (name, f"{source.path.rstrip('/')}/{name}", int(info["size"] or 0))
+        for name, info in named
+        if any(fnmatch(name, glob) for glob in globs)
+    ]
 
 
 def identify(source: SourceConfig) -> tuple[str, Artifact | str]:
@@ -71,12 +153,16 @@ def identify(source: SourceConfig) -> tuple[str, Artifact | str]:
     Raises:
         ArtifactError: the folder is part of unfinished work.
     """
-    for folder in (source.path, *source.path.parents):
-        if (folder / MANIFEST).exists() or (folder / UNFINISHED).exists():
-            return str(source.path.relative_to(folder)), Artifact.open(folder, "texts")
     total = hashlib.sha256()
-    for path in _matching(source):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(source.path).as_posix()}\0{content}\n".encode())
+    if "://" in source.path:
+        system, _ = fsspec.core.url_to_fs(source.path)
+        for relative, location, _ in _matching(source):
+            total.update(f"{relative}\0{system.ukey(location)}\n".encode())  # its size and date, or its ETag
+        return "", total.hexdigest()
+    for folder in (Path(source.path), *Path(source.path).parents):
+        if (folder / MANIFEST).exists() or (folder / UNFINISHED).exists():
+            return str(Path(source.path).relative_to(folder)), Artifact.open(folder, "texts")
+    for relative, location, _ in _matching(source):
+        with open(location, "rb") as file:
+            total.update(f"{relative}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return "", total.hexdigest()

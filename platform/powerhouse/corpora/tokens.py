@@ -1,29 +1,36 @@
 """From a corpus to a tokenizer and packed token rows. [Ray]
 
-Each parquet file of the corpus is one task, which writes its part of the token stream under work/; the driver then maps the
-whole stream into memory and gathers the shuffled rows shard by shard, so that it never holds more than one shard.
+Each parquet file of the corpus is one task, which writes its part of the token stream under work/. The driver packs by the
+lengths of the documents alone, maps the whole stream into memory and gathers the shuffled rows shard by shard, so that it never
+holds more than one shard.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from pydantic import Field
 from ray.data import ActorPoolStrategy
 
-from powerhouse.artifacts import Artifact, produce
+from powerhouse.artifacts import Artifact, produce, write_atomically
 from powerhouse.config import Config, StoragePath
-from powerhouse.corpora.pack import Indices, Tokens, cut, documents_of_rows, join, shuffle_order
+from powerhouse.corpora.encoder import make_encoder
+from powerhouse.corpora.pack import Indices, Pieces, Tokens, documents_of_pieces, gather, join, pack, shuffle_order
 from powerhouse.corpora.session import TABLES, WorkersConfig, connect
 from powerhouse.corpora.shards import write_shard
+from powerhouse.corpora.vocabulary import Method, train
 from powerhouse.errors import InputError
 from powerhouse.telemetry import progress
 from powerhouse.tokenizer import Tokenizer
@@ -37,9 +44,11 @@ class TokensConfig(Config):
     corpus: StoragePath
     """Folder of the corpus; its train/ documents are used."""
     output: StoragePath
-    """Folder of the tokens: tokenizer.json, rows/*.arrow, provenance.parquet."""
+    """Folder of the tokens: tokenizer.json, rows/*.arrow, provenance.parquet, report.json."""
+    method: Method = "bpe"
+    """How the vocabulary is learnt and text is cut by it: bpe or unigram."""
     vocab_size: int = Field(default=4096, gt=257)
-    """Tokens of the vocabulary: 256 bytes, the end of a text, and the merges learnt."""
+    """Tokens of the vocabulary: 256 bytes, the end of a text, and the pieces learnt."""
     row_length: int = Field(default=257, ge=2)
     """Tokens in a row: the training context and one more for the last label."""
     rows_per_shard: int = Field(default=65_536, ge=1)
@@ -64,36 +73,53 @@ def make_tokens(config: TokensConfig) -> Artifact:
 
 def _make(config: TokensConfig, folder: Path) -> dict[str, int | float]:
     paths = sorted((config.corpus / "train").glob("*.parquet"))
-    tokenizer = Tokenizer.train(_read_texts(paths), config.vocab_size)
-    tokenizer.save(folder)
+    tokenizer = train(config.method, _read_texts(paths), config.vocab_size, folder)
     connect(config.workers)
     documents = _encode(config.workers, paths, folder)
-    stream_T = _join_parts(folder / "work", len(paths))
-    rows_NR = cut(stream_T, config.row_length)
-    if not len(rows_NR):
+    pieces = pack(documents["num_tokens"].to_numpy(), config.row_length)
+    if not pieces.num_rows:
+        num_tokens = pc.sum(documents["num_tokens"]).as_py()
         raise InputError(
-            "the corpus fills no row", got=f"{len(stream_T)} tokens, row_length={config.row_length}", do="lower row_length"
+            "the corpus fills no row", got=f"{num_tokens} tokens, row_length={config.row_length}", do="lower row_length"
         )
-    order_N = shuffle_order(len(rows_NR), config.seed)
-    _write_shards(rows_NR, order_N, config.rows_per_shard, folder / "rows")
-    _write_provenance(documents, order_N, config.row_length, folder / "provenance.parquet")
-    counts = _count(documents, rows_NR, tokenizer)
-    del stream_T, rows_NR  # unmaps the file
+    stream_T = _join_parts(folder / "work", len(paths))
+    order_N = shuffle_order(pieces.num_rows, config.seed)
+    _write_shards(stream_T, pieces, order_N, config.rows_per_shard, folder / "rows")
+    del stream_T  # unmaps the file
     shutil.rmtree(folder / "work")
-    return counts
-
-
-def _count(documents: pa.Table, rows_NR: Tokens, tokenizer: Tokenizer) -> dict[str, int | float]:
-    num_bytes, num_tokens = (int(documents[name].to_numpy().sum()) for name in ("num_bytes", "num_tokens"))
-    return {
-        "num_rows": len(rows_NR),
-        "row_length": rows_NR.shape[1],
+    documents_P = documents_of_pieces(documents["num_tokens"].to_numpy(), pieces)
+    _write_provenance(documents["doc_id"].to_numpy()[documents_P], pieces, order_N, folder / "provenance.parquet")
+    report = make_report(documents, documents_P, config.row_length)
+    write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    shape: dict[str, int | float] = {
+        "num_rows": pieces.num_rows,
+        "row_length": config.row_length,
         "vocab_size": tokenizer.vocab_size,
+    }
+    return {**shape, **report["total"]}
+
+
+def make_report(documents: pa.Table, documents_P: Indices, row_length: int) -> dict[str, Any]:
+    """Count documents, tokens and bytes of each source and of all; `documents_P` are the documents of the pieces."""
+    num_pieces_D = np.bincount(documents_P, minlength=documents.num_rows)
+    num_rows_needed_D = -(-documents["num_tokens"].to_numpy() // row_length)
+    documents = documents.append_column("is_cut", pa.array(num_pieces_D > num_rows_needed_D))
+    names = pc.unique(documents["source"]).to_pylist()
+    sources = {name: _count(documents.filter(pc.equal(documents["source"], name))) for name in names}
+    return {"sources": sources, "total": _count(documents)}
+
+
+def _count(documents: pa.Table) -> dict[str, int | float]:
+    num_bytes, num_tokens, num_words = (pc.sum(documents[name]).as_py() for name in ("num_bytes", "num_tokens", "num_words"))
+    num_text_tokens = max(1, num_tokens - documents.num_rows)  # the ends of the texts are no bytes and no words of theirs
+    return {
         "num_documents": documents.num_rows,
         "num_tokens": num_tokens,
         "num_bytes": num_bytes,
-        # The ends of the texts are no bytes of theirs.
-        "bytes_per_token": round(num_bytes / max(1, num_tokens - documents.num_rows), 4),
+        "num_words": num_words,
+        "bytes_per_token": round(num_bytes / num_text_tokens, 4),
+        "tokens_per_word": round(num_text_tokens / max(1, num_words), 4),
+        "num_documents_cut": pc.sum(documents["is_cut"]).as_py(),
     }
 
 
@@ -107,7 +133,7 @@ def _read_texts(paths: list[Path]) -> Iterator[str]:
 
 
 def _encode(workers: WorkersConfig, paths: list[Path], folder: Path) -> pa.Table:
-    """Write the stream of each file of the corpus; give doc_id, num_tokens and num_bytes of every document, in order."""
+    """Write the stream of each file of the corpus; give id, source and counts of every document, in order."""
     (folder / "work").mkdir()
     items = [{"number": number, "path": str(path)} for number, path in enumerate(paths)]
     encoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -132,23 +158,26 @@ class _Encoder:
         os.environ["RAYON_NUM_THREADS"] = "1"  # the workers are the parallelism
         self._folder = folder
         self._tokenizer = Tokenizer.load(folder)
+        self._encode = make_encoder(self._tokenizer)
 
     def __call__(self, files: pa.Table) -> Iterator[pa.Table]:
         for file in files.to_pylist():
             yield self._encode_file(file["number"], Path(file["path"]))
 
     def _encode_file(self, number: int, path: Path) -> pa.Table:
-        table = pq.read_table(path, columns=["doc_id", "text"])
+        table = pq.read_table(path, columns=["doc_id", "source", "text"])
         texts = table["text"].to_pylist()
-        stream_T, lengths_D = join(self._tokenizer.encode_batch(texts), self._tokenizer.end_of_text_id)
+        stream_T, lengths_D = join(self._encode(texts), self._tokenizer.end_of_text_id)
         stream_T.tofile(_part_path(self._folder / "work", number))
         return pa.table(
             {
                 "number": np.full(len(texts), number),
                 "place": np.arange(len(texts)),
                 "doc_id": table["doc_id"],
+                "source": table["source"],
                 "num_tokens": lengths_D,
                 "num_bytes": [len(text.encode()) for text in texts],
+                "num_words": [len(text.split()) for text in texts],
             }
         )
 
@@ -166,15 +195,15 @@ def _join_parts(work: Path, num_parts: int) -> Tokens:
     return np.memmap(work / "stream.bin", dtype=np.int32, mode="r")
 
 
-def _write_shards(rows_NR: Tokens, order_N: Indices, rows_per_shard: int, folder: Path) -> None:
+def _write_shards(stream_T: Tokens, pieces: Pieces, order_N: Indices, rows_per_shard: int, folder: Path) -> None:
     folder.mkdir()
     for number, start in enumerate(range(0, len(order_N), rows_per_shard)):
-        write_shard(folder / f"rows-{number:05d}.arrow", rows_NR[order_N[start : start + rows_per_shard]])
+        rows = gather(stream_T, pieces, order_N[start : start + rows_per_shard])
+        write_shard(folder / f"rows-{number:05d}.arrow", *rows)
 
 
-def _write_provenance(documents: pa.Table, order_N: Indices, row_length: int, path: Path) -> None:
-    """Write, for each row of the shards, the ids of the documents that its tokens come from."""
-    first_N, last_N = documents_of_rows(documents["num_tokens"].to_numpy(), len(order_N), row_length)
-    doc_ids_D = documents["doc_id"].to_numpy()
-    ids = [doc_ids_D[first_N[row] : last_N[row] + 1] for row in order_N]
+def _write_provenance(doc_ids_P: npt.NDArray[np.uint64], pieces: Pieces, order_N: Indices, path: Path) -> None:
+    """Write, for each row of the shards, the id of the document that each of its pieces is of."""
+    bounds = pieces.boundaries_N1
+    ids = [doc_ids_P[bounds[row] : bounds[row + 1]] for row in order_N]
     pq.write_table(pa.table({"doc_ids": pa.array(ids, type=pa.list_(pa.uint64()))}), path)

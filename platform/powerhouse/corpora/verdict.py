@@ -1,33 +1,35 @@
-"""What becomes of each document, decided over all of them: values in, values out, no text and no Ray."""
+"""What becomes of each document, decided over all of them: columns in, columns out, no text and no Ray."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from powerhouse.corpora import dedup
+from powerhouse.corpora.document import CorpusStep, Removal
 from powerhouse.corpora.process import BAD_FILE
 from powerhouse.errors import InputError
 
-INDEX_COLUMNS = [
-    "order", "doc_id", "source", "path", "reason", "detail", "num_chars", "num_emails", "num_phones", "num_ips", "text_hash",
-    "signature",
-]  # fmt: skip
 _NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The index of all documents in their order, with the columns `reason`, `detail` and `split` final."""
+    """The index of all documents in their order, with `reason`, `detail`, `split` and `num_copies` final."""
 
     index: pa.Table
-    duplicates: list[dedup.Duplicate]
-    """Numbers are rows of the index."""
+    twins: list[Removal]
+    """The documents that were left out for being like a kept one."""
+    sections: dict[str, dict[str, Any]]
+    """What the corpus steps told for the report."""
+    repeated_lines: npt.NDArray[np.uint64]
+    """Hashes of the lines that no text keeps."""
 
 
 def reject_bad_files(index: pa.Table, num_files: int, max_share: float) -> pa.Table:
@@ -51,36 +53,51 @@ def reject_bad_files(index: pa.Table, num_files: int, max_share: float) -> pa.Ta
     return _replace(index, reason=[reason for reason, _ in final], detail=[detail for _, detail in final])
 
 
-def decide(index: pa.Table, threshold: float, heldout_share: float) -> Verdicts:
-    """Remove duplicates and split the rest by the hash of their place.
+def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float, weights: Mapping[str, float]) -> Verdicts:
+    """Run the corpus steps one after the other, and split what they leave by the hash of its place.
 
     Raises:
         InputError: nothing is left to train on, or nothing is held out.
     """
-    duplicates = _find_duplicates(index, threshold)
-    doc_ids = index["doc_id"].to_numpy()
-    reasons, details = index["reason"].to_pylist(), index["detail"].to_pylist()
-    for found in duplicates:
-        reasons[found.removed] = "exact_duplicate" if found.is_exact else "near_duplicate"
-        details[found.removed] = f"{found.similarity:.2f} like {doc_ids[found.kept]}"
-    is_heldout = doc_ids.astype(np.float64) < heldout_share * 2.0**64
+    twins: list[Removal] = []
+    repeated_lines = np.empty(0, dtype=np.uint64)
+    sections = {}
+    for step in steps:
+        outcome = step(index)
+        index = _remove(index, outcome.removals)
+        for column, values in outcome.columns.items():
+            index = index.set_column(index.column_names.index(column), column, values)
+        if outcome.repeated_lines is not None:
+            repeated_lines = outcome.repeated_lines
+        twins += [removal for removal in outcome.removals if removal.twin is not None]
+        if outcome.report:
+            sections[step.name] = outcome.report
+    reasons = index["reason"].to_pylist()
+    is_heldout = index["doc_id"].to_numpy().astype(np.float64) < heldout_share * 2.0**64
     splits = np.where([reason is not None for reason in reasons], "rejects", np.where(is_heldout, "heldout", "train"))
-    _check_not_empty(splits, reasons, heldout_share)
-    return Verdicts(_replace(index, reason=reasons, detail=details, split=splits.tolist()), duplicates)
+    num_copies = np.where(splits == "train", _num_copies(index, weights), 1)
+    is_unwanted = num_copies == 0
+    splits[is_unwanted], num_copies[is_unwanted] = "rejects", 1
+    index = _remove(index, [Removal(int(row), "mixing_weight") for row in np.flatnonzero(is_unwanted)])
+    _check_not_empty(splits, index["reason"].to_pylist(), heldout_share)
+    index = _replace(index, split=splits.tolist()).append_column("num_copies", pa.array(num_copies))
+    return Verdicts(index, twins, sections, repeated_lines)
 
 
-def _find_duplicates(index: pa.Table, threshold: float) -> list[dedup.Duplicate]:
-    is_accepted = pc.is_null(index["reason"])
-    rows = np.flatnonzero(is_accepted.to_numpy())
-    accepted = index.filter(is_accepted)
-    signatures_NP = np.frombuffer(b"".join(accepted["signature"].to_pylist()), dtype=np.uint32)
-    found = dedup.find_duplicates(
-        signatures_NP.reshape(len(rows), dedup.NUM_PERMUTATIONS),
-        accepted["text_hash"].to_numpy(),
-        accepted["num_chars"].to_numpy(),
-        threshold,
-    )
-    return [replace(item, removed=int(rows[item.removed]), kept=int(rows[item.kept])) for item in found]
+def _num_copies(index: pa.Table, weights: Mapping[str, float]) -> npt.NDArray[np.int64]:
+    """Give how often each document is wanted: of a weight of 2.3, three times for the 30% with the lowest mixed hash."""
+    wanted = np.array([weights[source] for source in index["source"].to_pylist()])
+    mixed = index["doc_id"].to_numpy() * np.uint64(0x9E3779B97F4A7C15)  # the doc_id itself decides what is held out
+    return np.asarray(np.floor(wanted + 1 - (mixed.astype(np.float64) / 2.0**64) - 1e-12), dtype=np.int64)
+
+
+def _remove(index: pa.Table, removals: Sequence[Removal]) -> pa.Table:
+    if not removals:
+        return index
+    reasons, details = index["reason"].to_pylist(), index["detail"].to_pylist()
+    for removal in removals:
+        reasons[removal.row], details[removal.row] = removal.reason, removal.detail
+    return _replace(index, reason=reasons, detail=details)
 
 
 def _check_not_empty(splits: npt.NDArray[np.str_], reasons: list[str | None], heldout_share: float) -> None:
