@@ -1,4 +1,4 @@
-"""Shared by all tests: tests of CUDA code are collected only where there is a device; data lies in a folder of the test."""
+"""Shared by all tests: what needs a GPU or a browser is collected only where there is one; data lies in a folder of the test."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+
+from browser import find_browser
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(
@@ -28,11 +30,12 @@ os.environ.setdefault("POWERHOUSE_CACHE", str(Path(__file__).parents[1] / "runs"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=_rank)  # the longest first, so that no process is left with them at the end
-    if torch.cuda.is_available():
-        return
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=on_gpu)
-    items[:] = [item for item in items if item not in on_gpu]
+    missing = {"gpu": not torch.cuda.is_available(), "browser": find_browser() is None}
+    left_out = [
+        item for item in items if any(is_missing and item.get_closest_marker(name) for name, is_missing in missing.items())
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _rank(item: pytest.Item) -> tuple[float, bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 from resiliparse.extract.html2text import extract_plain_text
 
+from browser import find_browser
 from powerhouse.corpora.page import draw_histogram, render_page
 
 FUNNEL = {
@@ -31,7 +31,6 @@ REPORT: dict[str, Any] = {
     "rejects": {"too_few_words": [SIDE | {"detail": "4 < 50"}]},
     "bad_files": [{"source": "web", "path": "b.html", "detail": "not UTF-8"}],
 }
-CHROMIUM = ["chromium", "chromium-browser", "google-chrome"]
 
 
 def test_every_part_of_the_report_is_on_the_page() -> None:
@@ -71,9 +70,10 @@ def test_an_empty_report_is_a_page() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_a_browser_shows_the_page(tmp_path: Path) -> None:
-    browser = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-    assert browser, f"this test needs a browser: one of {CHROMIUM}; for example apt-get install chromium"
+    browser = find_browser()
+    assert browser
     (tmp_path / "report.html").write_text(render_page(REPORT))
     picture = tmp_path / "report.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
