@@ -1,4 +1,4 @@
-"""Shared by all tests: what needs a GPU or a browser is collected only where there is one; data lies in a folder of the test."""
+"""Shared by all tests; what needs a GPU or a browser is collected only where there is one; data lies in a test's own folder."""
 
 from __future__ import annotations
 

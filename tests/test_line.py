@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 import yaml
@@ -147,9 +148,17 @@ def test_up_keeps_finished_stages_answers_the_readme_commands_and_down_ends_it(l
         assert again.returncode == 2
         assert f"port {line.http_port} (the endpoint) is already in use" in again.stderr
     finally:
+        processes = find_processes(cluster_id)
         down = line.run("down")
     assert (down.returncode, down.stdout) == (0, "stopped\n")
-    assert find_processes(cluster_id) == []
+    assert still_running(cluster_id, processes) == []
+
+
+def still_running(cluster_id: str, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of a cluster's processes, found before it was stopped or now, that have not ended."""
+    assert len(processes) > 5, "a head is a dozen processes"
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    return alive + find_processes(cluster_id)
 
 
 def test_ctrl_c_stops_everything(line: Line) -> None:
@@ -159,11 +168,12 @@ def test_ctrl_c_stops_everything(line: Line) -> None:
             pass
         cluster_id = json.loads((line.storage / STATE_FILE).read_text())["cluster_id"]
         time.sleep(3)
+        processes = find_processes(cluster_id)
         demo.send_signal(signal.SIGINT)
         demo.stdout.read()
 
     assert demo.returncode == 130
-    assert find_processes(cluster_id) == []
+    assert still_running(cluster_id, processes) == []
 
 
 def test_a_failing_stage_fails_the_demo_and_stops_everything(line: Line, tmp_path: Path) -> None:

@@ -56,6 +56,16 @@ def test_orphans_in_other_sessions_that_ignore_sigterm_are_found_and_ended(clust
         assert find_processes(cluster_id) == []
 
 
+def test_a_child_that_has_lost_the_mark_is_found_by_its_parent(cluster_id: str) -> None:
+    sleep = "import time; time.sleep(600)"
+    with spawn(cluster_id, f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{sleep}'], env={{}}); {sleep}"):
+        wait_for_count(cluster_id, 2)
+        child = next(process for process in find_processes(cluster_id) if CLUSTER_VARIABLE not in process.environ())
+        end_processes(cluster_id)
+
+        child.wait(60)
+
+
 def test_a_process_of_another_cluster_is_left_alone(cluster_id: str) -> None:
     with spawn("other", "import time; time.sleep(600)") as other:
         try:

@@ -171,7 +171,6 @@ def read_state() -> LocalCluster | None:
 def _head_command(config: LocalClusterConfig, temp_dir: str) -> list[str]:
     groups = json.dumps({"data": 1000, "train": 1000, "serve": 1000})
     options = {
-        "--node-ip-address": "127.0.0.1",  # nothing of it listens to the network
         "--port": find_free_port(),
         "--dashboard-host": "127.0.0.1",
         "--dashboard-port": config.dashboard_port,

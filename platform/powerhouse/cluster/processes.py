@@ -1,7 +1,7 @@
 """Find, measure and end every process of a local cluster, however it was orphaned.
 
 All of them inherit one environment variable with the cluster's id; parents and process groups change when a parent is
-killed, the environment does not.
+killed, the environment does not. Some of Ray's write their name over it: those are known as children of the others.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ CLUSTER_VARIABLE = "POWERHOUSE_CLUSTER"
 
 
 def find_processes(cluster_id: str) -> list[psutil.Process]:
-    """List the living processes that carry the cluster's id, this one left out."""
-    return [
-        process
-        for process in psutil.process_iter()
-        if process.pid != psutil.Process().pid and _cluster_of(process) == cluster_id
-    ]
+    """List the living processes that carry the cluster's id, with all their children, this one left out."""
+    found: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        if process.pid != psutil.Process().pid and _cluster_of(process) == cluster_id:
+            found |= {process, *_children(process)}
+    return sorted(found, key=lambda process: process.pid)
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    return []
 
 
 def _cluster_of(process: psutil.Process) -> str | None:
