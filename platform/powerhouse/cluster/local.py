@@ -201,9 +201,12 @@ def _tool(name: str) -> str:
 
 
 def _die_with_parent() -> None:
-    """Ask Linux to end the head when we die of kill -9; elsewhere there is no such call."""
+    """Ask Linux to kill the head when we die of kill -9, and Ray's reaper the rest; elsewhere there is no such call.
+
+    A head that is only told to end can hang: while it starts, it waits in C for a server that has ended already.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
 
 
 def _wait_until_up(cluster: LocalCluster, head: subprocess.Popen[bytes], log: Path) -> None:
