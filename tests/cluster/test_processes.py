@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from powerhouse.cluster import processes
 from powerhouse.cluster.processes import (
     CLUSTER_VARIABLE,
     PeakMemory,
@@ -110,3 +111,11 @@ def process_name() -> str:
 
 def test_a_free_port_passes() -> None:
     check_port_is_free(find_free_port(), "anything", "x=NUMBER")
+
+
+def test_no_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", port := find_free_port()))
+        monkeypatch.setattr(processes, "_OWN_PORTS", range(port, port + 1))
+        with pytest.raises(ClusterError, match=f"no port is free\n  allowed: one of {port} to {port}"):
+            find_free_port()

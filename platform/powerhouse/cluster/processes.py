@@ -7,6 +7,7 @@ killed, the environment does not. Some of Ray's write their name over it: those 
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ import psutil
 from powerhouse.errors import ClusterError
 
 CLUSTER_VARIABLE = "POWERHOUSE_CLUSTER"
+_OWN_PORTS = range(20_000, 30_000)  # over those of Ray's workers, under those of Linux for outgoing connections
 
 
 def find_processes(cluster_id: str) -> list[psutil.Process]:
@@ -75,11 +77,16 @@ def check_port_is_free(port: int, purpose: str, how_to_change: str) -> None:
 
 
 def find_free_port() -> int:
-    """Name a port that nobody listens on now; it is not reserved."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Name a port that nobody listens on now; it is not reserved, but lies under those that systems hand out by themselves.
+
+    Raises:
+        ClusterError: a hundred ports are in use.
+    """
+    for port in random.sample(_OWN_PORTS, min(100, len(_OWN_PORTS))):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ClusterError("no port is free", allowed=f"one of {_OWN_PORTS.start} to {_OWN_PORTS.stop - 1}")
 
 
 def _listener(port: int) -> str | None:
