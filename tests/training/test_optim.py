@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fakes import tiny_decoder
-from powerhouse.training.config import OptimConfig
 from powerhouse.training.optim import learning_rate, make_optimizer, set_learning_rate
+from powerhouse.training.settings import OptimConfig
 
 
 def test_the_rate_rises_linearly_then_falls_by_half_a_cosine_to_its_fraction() -> None:

@@ -15,63 +15,7 @@ from powerhouse.models.hub import open_checkpoint
 from powerhouse.models.model import ModelConfig
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.methods import METHODS, Noise, make_shape, method_of
-
-
-class OptimConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019) under a schedule with warm-up."""
-
-    lr: float = Field(gt=0)
-    """Highest learning rate."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the rate rises linearly to `lr`."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    """cosine: half a cosine down (Loshchilov and Hutter 2017). wsd: stable at `lr`, then a straight line down, so that a run
-    can be prolonged from before its decay (Hu et al. 2024, section 4)."""
-    decay_fraction: float = Field(default=0.2, gt=0, le=1)
-    """Share of the steps over which wsd decays."""
-    final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
-    """The rate falls to this fraction of `lr` at the last step."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decay of matrices; norms are not decayed."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the gradient's running mean."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the squared gradient's running mean."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the squared gradient's mean."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """Longest gradient, in the 2-norm over all parameters."""
-
-
-class RunConfig(Config):
-    """How the work is spread and saved: it changes the speed, not the result, so a resumed run may change it."""
-
-    num_workers: int = Field(default=1, gt=0)
-    """Training processes; the model is sharded over them."""
-    micro_batch_rows: int = Field(gt=0)
-    """Rows in one forward pass of one worker; the rest of the global batch is accumulated."""
-    cpus_per_worker: float = Field(default=1, gt=0)
-    """CPUs asked of Ray for a worker; also its number of torch threads, at least one."""
-    use_gpu: bool = False
-    """A GPU for each worker, and nccl instead of gloo."""
-    checkpoint_every: int = Field(default=100, gt=0)
-    """Steps between two checkpoints; the last step is always saved."""
-    keep_checkpoints: int = Field(default=1, gt=0)
-    """Newest checkpoints that are kept."""
-    recomputes_blocks: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016): less memory, about a
-    third more work."""
-    max_failures: int = Field(default=2, ge=0)
-    """How often lost workers are replaced before the run gives up."""
-
-
-class NoiseConfig(Config):
-    """Gaps to fill: BERT's masked tokens (Devlin et al. 2019), T5's corrupted spans (Raffel et al. 2020)."""
-
-    share: float = Field(default=0.15, gt=0, lt=1)
-    """Share of a row's tokens that are hidden."""
-    mean_span: float = Field(default=3.0, ge=1)
-    """Mean length of a hidden span of a T5, in tokens."""
+from powerhouse.training.settings import NoiseConfig, OptimConfig, RunConfig
 
 
 class TrainingConfig(Config):

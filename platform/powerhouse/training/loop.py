@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from powerhouse.errors import TrainingError
 from powerhouse.telemetry import Gauge, MetricsLog, progress
 from powerhouse.training import checkpoint
-from powerhouse.training.config import OptimConfig, TrainingConfig
+from powerhouse.training.config import TrainingConfig
 from powerhouse.training.objectives import Batch, Objective
 from powerhouse.training.optim import learning_rate, set_learning_rate
+from powerhouse.training.settings import OptimConfig
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from powerhouse.training.config import OptimConfig
+from powerhouse.training.settings import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
