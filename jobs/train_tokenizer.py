@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on a corpus, encode the corpus, and pack it to rows of one length.
+"""Train a byte-level BPE tokenizer on a corpus, or take a model's; encode the corpus, and pack it to rows of one length.
 
 python jobs/train_tokenizer.py --config jobs/configs/tokens.yaml vocab_size=8192
 """

@@ -207,6 +207,33 @@ def test_special_tokens_and_the_chat_template_survive_saving_and_transformers_re
     assert again.id_of("bos_token") == theirs.bos_token_id
 
 
+def around(before: str, after: str) -> Tokenizer:
+    """A tokenizer that puts these tokens around a text, as those of models do."""
+    core = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{before} $A {after}".strip(), special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return Tokenizer(core, {}, {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "start", "end"),
+    [(TOKENIZER, [], 0), (wordpiece(), [2], 3), (around("<s>", "</s>"), [0], 1), (around("<s>", ""), [0], 1),
+     (around("", "</s>"), [], 1)],
+)  # fmt: skip
+def test_a_text_starts_and_ends_with_the_models_own_tokens(tokenizer: Tokenizer, start: list[int], end: int) -> None:
+    assert (tokenizer.start_of_text_ids, tokenizer.end_of_text_id) == (start, end)
+
+
+def test_the_digest_is_that_of_what_is_saved(tmp_path: Path) -> None:
+    CHAT.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.digest == CHAT.digest == Tokenizer.load(tmp_path).digest
+    assert len({CHAT.digest, TOKENIZER.digest, wordpiece().digest}) == 3
+    again.add_special_tokens(["<new>"])
+    assert again.digest != CHAT.digest
+
+
 def one_character() -> Tokenizer:
     core = tiny_tokenizer().core
     core.add_special_tokens(["§"])
@@ -218,7 +245,7 @@ def one_character() -> Tokenizer:
     [
         (lambda: TOKENIZER.encode_chat(turns("a")), "the tokenizer has no chat template\n  do: take a model tuned for chat"),
         (lambda: TOKENIZER.id_of("mask_token"), "the tokenizer has no mask_token\n  allowed: ['eos_token']"),
-        (lambda: wordpiece().end_of_text_id, "the tokenizer has no eos_token"),
+        (lambda: Tokenizer(tiny_tokenizer().core, {}, {}).end_of_text_id, "the tokenizer has no eos_token"),
         (lambda: Tokenizer(tiny_tokenizer().core, {}, {}).encode_padded(["aa", "a"]), "the tokenizer has no eos_token"),
         (lambda: CHAT.encode_chat(turns("x\ufdd4y")), "a text with the Unicode noncharacter U+FDD4"),
         (lambda: one_character().encode_rendered("a"), "a special token of one character is too easily spelled\n  got: '§'"),

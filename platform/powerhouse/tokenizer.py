@@ -6,6 +6,7 @@ Shapes: B texts, T tokens. A text that spells a special token is text, unless it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,8 +111,23 @@ class Tokenizer:
         return int(self.core.get_vocab_size(with_added_tokens=True))
 
     @property
+    def digest(self) -> str:
+        """Hash of all that `save` writes."""
+        templates = self.chat_template.sources if self.chat_template else {}
+        saved = json.dumps([self.core.to_str(), self._saved_config(), templates], sort_keys=True)
+        return hashlib.sha256(saved.encode()).hexdigest()
+
+    @property
+    def start_of_text_ids(self) -> list[int]:
+        """What stands before a text in the model's own training: a llama's <s>, a BERT's [CLS], nothing in a GPT-2."""
+        around: list[int] = self.core.encode("", add_special_tokens=True).ids
+        return around[:-1] if around[-1:] == [self.end_of_text_id] else around
+
+    @property
     def end_of_text_id(self) -> int:
-        return self.id_of("eos_token")
+        """What stands after a text; a BERT, which has no name for it, puts its separator there."""
+        has_separator_only = "eos_token" not in self.special_tokens and "sep_token" in self.special_tokens
+        return self.id_of("sep_token" if has_separator_only else "eos_token")
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
@@ -203,11 +219,13 @@ class Tokenizer:
         """Write the files by which transformers loads it as a fast tokenizer, the chat template included."""
         directory.mkdir(parents=True, exist_ok=True)
         self.core.save(str(directory / FILE))
-        config = {key: item for key, item in self._config.items() if key != "chat_template" and item is not None}
-        text = json.dumps(self.special_tokens | config, indent=2) + "\n"
-        (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (directory / CONFIG_FILE).write_text(json.dumps(self._saved_config(), indent=2) + "\n", encoding="utf-8")
         if self.chat_template:
             self.chat_template.save(directory)
+
+    def _saved_config(self) -> dict[str, Any]:
+        config = {key: item for key, item in self._config.items() if key != "chat_template" and item is not None}
+        return self.special_tokens | config
 
     @cached_property
     def _reader(self) -> _SpecialReader:

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from powerhouse.corpora.tokens import make_report
+from fakes import write_tiny_model
+from powerhouse import artifacts
+from powerhouse.config import validate
+from powerhouse.corpora.tokens import TokensConfig, make_report, make_tokens
+from powerhouse.errors import ConfigError, ModelFormatError
 
 
 def test_the_report_counts_tokens_fertility_and_documents_cut_without_need_by_source() -> None:
@@ -27,3 +35,21 @@ def test_the_report_counts_tokens_fertility_and_documents_cut_without_need_by_so
     }
     assert (report["sources"]["b"]["num_documents_cut"], report["total"]["num_documents_cut"]) == (1, 1)
     assert report["total"]["num_tokens"] == 10
+    assert make_report(documents, np.array([0, 0, 1, 2, 2]), 4, num_marks=2)["total"]["bytes_per_token"] == 30 / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "names"), [({"vocab_size": 300}, "vocab_size"), ({"vocab_size": 300, "method": "bpe"}, "method and vocab_size")]
+)
+def test_a_models_own_tokenizer_leaves_nothing_to_learn(tmp_path: Path, change: dict[str, Any], names: str) -> None:
+    values = {"corpus": "c", "output": "o", "tokenizer": write_tiny_model(tmp_path / "model"), **change}
+    with pytest.raises(ConfigError, match=f"either `tokenizer`, a model's own, or {names}, to learn one"):
+        validate(TokensConfig, values, "test")
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_before_any_work(tmp_path: Path) -> None:
+    artifacts.produce(tmp_path / "corpus", "corpus", {}, {}, lambda folder: {})
+    config = TokensConfig(corpus=tmp_path / "corpus", output=tmp_path / "tokens", tokenizer=tmp_path / "nothing")
+    with pytest.raises(ModelFormatError, match=r"nothing/tokenizer\.json: missing"):
+        make_tokens(config)
+    assert not (tmp_path / "tokens").exists()

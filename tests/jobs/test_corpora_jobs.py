@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from fakes import write_tiny_model
 from powerhouse.corpora.filters import QualityConfig
 from powerhouse.corpora.pipeline import CurateConfig, curate
 from powerhouse.corpora.session import WorkersConfig
@@ -30,6 +33,8 @@ from powerhouse.corpora.shards import TokenRows
 from powerhouse.corpora.tokens import TokensConfig, make_tokens
 from powerhouse.errors import ArtifactError, InputError
 from powerhouse.tokenizer import Tokenizer
+from powerhouse.training.config import check, read_shape
+from tiny_run import make_config
 
 pytestmark = pytest.mark.slow
 
@@ -253,6 +258,22 @@ def test_token_rows_decode_to_the_corpus_and_know_their_documents(corpus: Path, 
     assert counts["num_tokens"] - rows.row_length < len(rows) * rows.row_length <= counts["num_tokens"]
     again = make_tokens(config.model_copy(update={"output": tmp_path / "again", "workers": WorkersConfig(num=1, num_cpus=1)}))
     assert contents(again.path) == contents(artifact.path)
+
+
+def test_the_tokens_of_a_model_are_made_by_its_own_tokenizer_and_fit_it(corpus: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    artifact = make_tokens(TokensConfig(corpus=corpus, output=tmp_path / "tokens", tokenizer=model, row_length=33))
+    tokenizer, rows = Tokenizer.load(artifact.path), TokenRows(artifact.path / "rows")
+    assert tokenizer.digest == Tokenizer.load(model).digest == artifact.manifest.inputs["tokenizer"]
+    assert not {"method", "vocab_size"} & artifact.manifest.settings.keys()
+    texts = read_split(corpus, "train")["text"].to_pylist()
+    documents = [[*tokenizer.encode(text), tokenizer.end_of_text_id] for text in texts]
+    assert artifact.manifest.counts["num_tokens"] == sum(map(len, documents))
+    in_rows, in_text = Counter(rows.take(np.arange(len(rows))).ravel().tolist()), Counter(chain(*documents))
+    assert (in_text - in_rows).total() < rows.row_length, "less than a row is left out"
+    assert not in_rows - in_text
+    training = make_config(tmp_path, model=None, start_from=model)
+    check(read_shape(training), artifact)
 
 
 TOO_MUCH = [

@@ -1,4 +1,4 @@
-"""From a corpus to a tokenizer and packed token rows. [Ray]
+"""From a corpus to packed token rows, by a tokenizer learnt from it or by that of a model. [Ray]
 
 Each parquet file of the corpus is one task, which writes its part of the token stream under work/. The driver packs by the
 lengths of the documents alone, maps the whole stream into memory and gathers the shuffled rows shard by shard, so that it never
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
-from pydantic import Field
+from pydantic import Field, model_validator
 from ray.data import ActorPoolStrategy
 
 from powerhouse.artifacts import Artifact, produce, write_atomically
@@ -45,6 +45,8 @@ class TokensConfig(Config):
     """Folder of the corpus; its train/ documents are used."""
     output: StoragePath
     """Folder of the tokens: tokenizer.json, rows/*.arrow, provenance.parquet, report.json."""
+    tokenizer: StoragePath | None = None
+    """A model directory whose tokenizer is taken as it is, to train that model on; null learns one from the corpus."""
     method: Method = "bpe"
     """How the vocabulary is learnt and text is cut by it: bpe or unigram."""
     vocab_size: int = Field(default=4096, gt=257)
@@ -58,6 +60,16 @@ class TokensConfig(Config):
     workers: WorkersConfig = WorkersConfig()
     """How much of the cluster to take."""
 
+    @model_validator(mode="after")
+    def _learns_or_takes(self) -> TokensConfig:
+        if self.tokenizer and (both := self.model_fields_set & _LEARNING):
+            raise ValueError(f"either `tokenizer`, a model's own, or {' and '.join(sorted(both))}, to learn one")
+        return self
+
+
+_LEARNING = {"method", "vocab_size"}
+"""Settings of a tokenizer that is learnt."""
+
 
 def make_tokens(config: TokensConfig) -> Artifact:
     """Write tokenizer and token rows to `config.output`.
@@ -65,15 +77,20 @@ def make_tokens(config: TokensConfig) -> Artifact:
     Raises:
         ArtifactError: the corpus is missing or unfinished.
         InputError: the text cannot give such a vocabulary, or fills no row.
+        ModelFormatError: the tokenizer is missing or damaged, or has no token that ends a text.
     """
-    corpus = Artifact.open(config.corpus, "corpus")
-    settings = config.model_dump(mode="json", exclude={"corpus", "output", "workers"})
-    return produce(config.output, "tokens", settings, {"corpus": corpus}, partial(_make, config))
+    inputs: dict[str, Artifact | str] = {"corpus": Artifact.open(config.corpus, "corpus")}
+    others = {"corpus", "output", "workers", "tokenizer"}
+    if config.tokenizer:
+        inputs["tokenizer"] = Tokenizer.load(config.tokenizer).digest
+        others |= _LEARNING
+    settings = config.model_dump(mode="json", exclude=others)
+    return produce(config.output, "tokens", settings, inputs, partial(_make, config))
 
 
 def _make(config: TokensConfig, folder: Path) -> dict[str, int | float]:
     paths = sorted((config.corpus / "train").glob("*.parquet"))
-    tokenizer = train(config.method, _read_texts(paths), config.vocab_size, folder)
+    tokenizer = _get_tokenizer(config, paths, folder)
     connect(config.workers)
     documents = _encode(config.workers, paths, folder)
     pieces = pack(documents["num_tokens"].to_numpy(), config.row_length)
@@ -89,7 +106,7 @@ def _make(config: TokensConfig, folder: Path) -> dict[str, int | float]:
     shutil.rmtree(folder / "work")
     documents_P = documents_of_pieces(documents["num_tokens"].to_numpy(), pieces)
     _write_provenance(documents["doc_id"].to_numpy()[documents_P], pieces, order_N, folder / "provenance.parquet")
-    report = make_report(documents, documents_P, config.row_length)
+    report = make_report(documents, documents_P, config.row_length, num_marks=len(tokenizer.start_of_text_ids) + 1)
     write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     shape: dict[str, int | float] = {
         "num_rows": pieces.num_rows,
@@ -99,19 +116,31 @@ def _make(config: TokensConfig, folder: Path) -> dict[str, int | float]:
     return {**shape, **report["total"]}
 
 
-def make_report(documents: pa.Table, documents_P: Indices, row_length: int) -> dict[str, Any]:
-    """Count documents, tokens and bytes of each source and of all; `documents_P` are the documents of the pieces."""
+def _get_tokenizer(config: TokensConfig, paths: list[Path], folder: Path) -> Tokenizer:
+    """Take the model's or learn one, and write it to the folder."""
+    if config.tokenizer is None:
+        return train(config.method, _read_texts(paths), config.vocab_size, folder)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def make_report(documents: pa.Table, documents_P: Indices, row_length: int, num_marks: int = 1) -> dict[str, Any]:
+    """Count documents, tokens and bytes of each source and of all.
+
+    `documents_P` are the documents of the pieces; `num_marks` tokens of each document start or end it.
+    """
     num_pieces_D = np.bincount(documents_P, minlength=documents.num_rows)
     num_rows_needed_D = -(-documents["num_tokens"].to_numpy() // row_length)
     documents = documents.append_column("is_cut", pa.array(num_pieces_D > num_rows_needed_D))
     names = pc.unique(documents["source"]).to_pylist()
-    sources = {name: _count(documents.filter(pc.equal(documents["source"], name))) for name in names}
-    return {"sources": sources, "total": _count(documents)}
+    sources = {name: _count(documents.filter(pc.equal(documents["source"], name)), num_marks) for name in names}
+    return {"sources": sources, "total": _count(documents, num_marks)}
 
 
-def _count(documents: pa.Table) -> dict[str, int | float]:
+def _count(documents: pa.Table, num_marks: int) -> dict[str, int | float]:
     num_bytes, num_tokens, num_words = (pc.sum(documents[name]).as_py() for name in ("num_bytes", "num_tokens", "num_words"))
-    num_text_tokens = max(1, num_tokens - documents.num_rows)  # the ends of the texts are no bytes and no words of theirs
+    num_text_tokens = max(1, num_tokens - num_marks * documents.num_rows)  # marks are no bytes and no words
     return {
         "num_documents": documents.num_rows,
         "num_tokens": num_tokens,
@@ -167,7 +196,9 @@ class _Encoder:
     def _encode_file(self, number: int, path: Path) -> pa.Table:
         table = pq.read_table(path, columns=["doc_id", "source", "text"])
         texts = table["text"].to_pylist()
-        stream_T, lengths_D = join(self._encode(texts), self._tokenizer.end_of_text_id)
+        start = self._tokenizer.start_of_text_ids
+        documents = [[*start, *ids] for ids in self._encode(texts)] if start else self._encode(texts)
+        stream_T, lengths_D = join(documents, self._tokenizer.end_of_text_id)
         stream_T.tofile(_part_path(self._folder / "work", number))
         return pa.table(
             {
