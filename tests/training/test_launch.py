@@ -23,7 +23,7 @@ from powerhouse.errors import TrainingError
 from powerhouse.telemetry import read_metrics
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.launch import train_model
-from powerhouse.training.loop import METRICS
+from powerhouse.training.watch import METRICS
 from tiny_run import make_config, write_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

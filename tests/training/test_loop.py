@@ -21,10 +21,11 @@ from powerhouse.tokenizer import Tokenizer
 from powerhouse.training import checkpoint
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.data import RowOrder, places_of
-from powerhouse.training.loop import CHECKPOINTS, METRICS, train
+from powerhouse.training.loop import CHECKPOINTS, train
 from powerhouse.training.methods import method_of
 from powerhouse.training.objectives import Batch
 from powerhouse.training.sharding import gather_state
+from powerhouse.training.watch import METRICS, Watch
 from tiny_run import make_config, sharded_model, write_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
@@ -40,7 +41,8 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None) -> str | Non
         if start:
             checkpoint.load(config.output / CHECKPOINTS, start, model, optimizer)
         batches = read_batches(config, start, stop_after)
-        train(model, optimizer, method_of(config.model).objective, batches, config, config.output, start)
+        with Watch(config.output, start, config.num_steps) as watch:
+            train(model, optimizer, method_of(config.model).objective, batches, config, config.output, start, watch)
     except (StopIteration, TrainingError, ArtifactError) as error:
         return f"{type(error).__name__}: {error}"
     state = gather_state(model)

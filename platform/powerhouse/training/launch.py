@@ -31,11 +31,12 @@ from powerhouse.tokenizer import Tokenizer
 from powerhouse.training import checkpoint
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.data import RowOrder, places_of
-from powerhouse.training.loop import CHECKPOINTS, METRICS, train
+from powerhouse.training.loop import CHECKPOINTS, train
 from powerhouse.training.methods import method_of
 from powerhouse.training.objectives import Batch
 from powerhouse.training.optim import make_optimizer
 from powerhouse.training.sharding import gather_state, recompute_blocks, shard
+from powerhouse.training.watch import METRICS, Watch
 
 ROWS = "rows"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -146,7 +147,8 @@ def work(config: TrainingConfig) -> None:
     if start_step:
         checkpoint.load(config.output / CHECKPOINTS, start_step, model, optimizer)
     batches = _read_batches(config, start_step, device)
-    train(model, optimizer, method.objective, batches, config, config.output, start_step, _ray_gauges())
+    with Watch(config.output, start_step, config.num_steps, _ray_gauges()) as watch:
+        train(model, optimizer, method.objective, batches, config, config.output, start_step, watch)
     state = gather_state(model)
     if dist.get_rank() == 0:
         save_model(config.output, config.shape, state)

@@ -6,7 +6,6 @@ Shapes: B rows. The gradient of a step is that of loss_sum / num_valid_tokens, b
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from powerhouse.errors import TrainingError
-from powerhouse.telemetry import Gauge, MetricsLog, progress
 from powerhouse.training import checkpoint
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.objectives import Batch, Objective
 from powerhouse.training.optim import learning_rate, set_learning_rate
 from powerhouse.training.settings import OptimConfig
+from powerhouse.training.watch import Watch
 
-METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
@@ -47,38 +45,26 @@ def train(
     batches: Iterator[Batch],
     config: TrainingConfig,
     folder: Path,
-    start_step: int = 0,
-    gauge: Gauge | None = None,
+    start_step: int,
+    watch: Watch,
 ) -> None:
     """Run steps `start_step` .. `num_steps` - 1; `batches` yields this rank's rows of each of them.
 
-    Rank 0 writes `folder`/metrics.jsonl and all write `folder`/checkpoints.
+    All ranks write `folder`/checkpoints; `watch` is told of every step.
 
     Raises:
         TrainingError: the loss or the gradient is not a number, on every rank at the same step.
     """
-    is_main = dist.get_rank() == 0
-    log = MetricsLog(folder / METRICS, start_step, gauge) if is_main else None
-    bar = progress("training", config.num_steps, "step") if is_main else None
-    if bar:
-        bar.update(start_step)
     for step in range(start_step, config.num_steps):
-        start = time.perf_counter()
+        watch.begin()
         rate = learning_rate(step, config.num_steps, config.optim)
         set_learning_rate(optimizer, rate)
         result = train_step(model, optimizer, objective, next(batches), config.run.micro_batch_rows, config.optim)
         _check_is_finite(step, result)
-        if log and bar:
-            speed = result.num_tokens / (time.perf_counter() - start)
-            log.write(step, {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm, "tokens_per_s": speed})
-            bar.set_postfix_str(f"loss {result.loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            bar.update()
+        watch.record(step, {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}, result.num_tokens)
         num_done = step + 1
         if num_done % config.run.checkpoint_every == 0 or num_done == config.num_steps:
             checkpoint.save(folder / CHECKPOINTS, num_done, model, optimizer, config.run.keep_checkpoints)
-    if log and bar:
-        log.close()
-        bar.close()
 
 
 def train_step(
