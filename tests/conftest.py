@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from browser import find_browser
+from s3 import _server, s3  # noqa: F401 - fixtures of any test
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(
