@@ -13,6 +13,7 @@ from torch import Tensor
 
 from powerhouse.config import Config
 from powerhouse.errors import RequestError
+from powerhouse.models.adapters import soft_prompt_of
 from powerhouse.models.attention import DenseCache
 from powerhouse.models.classic import Classic
 from powerhouse.models.decoder import Decoder
@@ -85,6 +86,7 @@ class _Run:
         self._model = model
         self._device = next(model.parameters()).device
         self._memory = None
+        prompts = [[*soft_prompt_of(model), *prompt] for prompt in prompts]
         if isinstance(model, EncoderDecoder) and model.takes_source:
             self._memory = model.remember(*self._pad(prompts, is_left=False))
             prompts = [[model.config.start_token_id]] * len(prompts)
@@ -152,7 +154,7 @@ def _search(model: Generator, prompt: Sequence[int], config: GenerationConfig, s
 def _check(model: Generator, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
     if config.num_beams > 1 and config.temperature > 0:
         raise RequestError("beams do not sample", got=f"temperature={config.temperature}", allowed="0 with num_beams > 1")
-    vocab_size = model.config.vocab_size
+    vocab_size, num_soft = model.config.vocab_size, len(soft_prompt_of(model))
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise RequestError(f"prompt {number} is empty", do="give at least one token")
@@ -161,11 +163,12 @@ def _check(model: Generator, prompts: Sequence[Sequence[int]], config: Generatio
                 f"prompt {number} has ids outside the vocabulary", got=outside[:5], allowed=f"0 to {vocab_size - 1}"
             )
         limit = getattr(model.config, "max_position_embeddings", None)
-        length = max(len(prompt), config.max_tokens) if _answers(model) else len(prompt) + config.max_tokens
+        num_read = num_soft + len(prompt)
+        length = max(num_read, config.max_tokens) if _answers(model) else num_read + config.max_tokens
         if limit is not None and length > limit:
             raise RequestError(
                 f"prompt {number} is too long",
-                got=f"{len(prompt)} tokens and {config.max_tokens} new",
+                got=f"{num_read} tokens and {config.max_tokens} new",
                 allowed=f"{limit} in all",
             )
 

@@ -20,6 +20,7 @@ from powerhouse.errors import ConfigError, ModelFormatError
 from powerhouse.models.decoder import Decoder, DecoderConfig
 from powerhouse.models.gguf import GGUFWeights
 from powerhouse.models.hugging_face import FORMATS
+from powerhouse.models.hugging_face.adapter import load_adapter
 from powerhouse.models.hugging_face.format import Format
 from powerhouse.models.model import Model, ModelConfig
 from powerhouse.models.weights import WEIGHTS, SafetensorsWeights, Weights, read_json
@@ -117,16 +118,27 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def load_model(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32, layers: range | None = None
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    layers: range | None = None,
+    adapter: Path | None = None,
 ) -> Model:
     """Build the model, or a slice of a decoder's layers, on the meta device and assign only the tensors it holds.
 
-    With a `dtype` of None, or the stored one, a safetensors tensor on the CPU is its memory-mapped file: no second copy.
+    With a `dtype` of None, or the stored one, a safetensors tensor on the CPU is its memory-mapped file: no second copy. An
+    `adapter` is a directory in peft's format, and is put into a whole model.
 
     Raises:
-        ModelFormatError: as `open_checkpoint` does.
+        ModelFormatError: as `open_checkpoint` does, or the adapter is damaged or belongs to another model.
     """
-    return open_checkpoint(path).load(device, dtype, layers)
+    assert adapter is None or layers is None, "an adapter goes into a whole model"
+    checkpoint = open_checkpoint(path)
+    model = checkpoint.load(device, dtype, layers)
+    if adapter is not None:
+        load_adapter(adapter, checkpoint.format, model).put_into(model)
+    return model
 
 
 def load_decoder(
@@ -171,7 +183,7 @@ def save_model(directory: Path, config: ModelConfig, state: Mapping[str, Tensor]
     Raises:
         ModelFormatError: Hugging Face has no model of this shape.
     """
-    form = next(item for item in FORMATS.values() if _writes(item, config))
+    form = format_of(config)
     values = form.write(config)
     with torch.device("meta"):
         tied = form.model_class(config).tied_names()
@@ -184,6 +196,11 @@ def save_model(directory: Path, config: ModelConfig, state: Mapping[str, Tensor]
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     _write_json(directory / "config.json", values)
     _write_json(directory / "generation_config.json", {"_from_model_config": True})
+
+
+def format_of(config: ModelConfig) -> Format:
+    """How Hugging Face writes a model of this shape down."""
+    return next(item for item in FORMATS.values() if _writes(item, config))
 
 
 def _writes(form: Format, config: ModelConfig) -> bool:

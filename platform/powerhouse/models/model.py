@@ -66,8 +66,11 @@ def fill_parameter(data: Tensor, name: str, seed: int, std: float) -> None:
     if data.dim() == 1:
         data.fill_(0.0 if name.endswith("bias") else 1.0)
         return
-    generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
-    data.copy_(torch.empty(data.shape).normal_(0.0, std, generator=generator))
+    data.copy_(torch.empty(data.shape).normal_(0.0, std, generator=make_generator(seed, name)))
+
+
+def make_generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
