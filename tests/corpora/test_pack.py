@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from powerhouse.corpora.pack import Pieces, best_fit, documents_of_pieces, gather, join, pack, shuffle_order
+from powerhouse.corpora.pack import Pieces, best_fit, documents_of_pieces, gather, join, pack, pack_whole, shuffle_order
 
 LENGTHS = st.lists(st.integers(1, 70), max_size=60)
 
@@ -91,3 +91,18 @@ def test_the_shuffle_is_a_permutation_that_the_seed_decides() -> None:
     np.testing.assert_array_equal(order, shuffle_order(1000, 7))
     assert order.tolist() != shuffle_order(1000, 8).tolist()
     assert order.tolist() != list(range(1000))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(20, 33))
+def test_documents_packed_whole_are_not_cut_and_only_padding_is_added(lengths: list[int], size: int) -> None:
+    pieces = pack_whole(np.array(lengths, dtype=np.int64), size)
+    is_padding = pieces.starts_P == sum(lengths)
+    documents = documents_of_pieces(np.array(lengths, dtype=np.int64), pieces)
+    assert sorted(documents[~is_padding].tolist()) == list(range(len(lengths)))
+    assert (pieces.lengths_P[~is_padding] == np.array(lengths)[documents[~is_padding]]).all()
+    stream = np.concatenate([np.arange(sum(lengths)), np.full(size, -1)])
+    rows, starts = gather(stream, pieces, np.arange(pieces.num_rows))
+    assert sorted(rows[rows >= 0].tolist()) == list(range(sum(lengths)))
+    assert pieces.num_rows == len(plain_best_fit(sorted(lengths, reverse=True), size))
+    for row, places in zip(rows, starts, strict=True):
+        assert [place for place in places if row[place] == -1] == [size - (row == -1).sum()] * bool((row == -1).any())

@@ -33,6 +33,17 @@ def test_rows_tell_which_tokens_are_of_one_document(tmp_path: Path) -> None:
         TokenRows(tmp_path).take_documents(np.array([1]))
 
 
+def test_rows_tell_which_tokens_are_learned_and_without_a_word_all_are(tmp_path: Path) -> None:
+    rows, learned = np.arange(3 * 4, dtype=np.int32).reshape(3, 4), np.array([[0, 1, 1, 0], [1, 0, 0, 1]], dtype=np.uint8)
+    write_shard(tmp_path / "rows-00000.arrow", rows[:2], learned_NR=learned)
+    write_shard(tmp_path / "rows-00001.arrow", rows[2:])
+    shards = TokenRows(tmp_path)
+    assert shards.tells_learned
+    taken = shards.take_learned(np.array([2, 1, 0]))
+    assert taken.dtype == np.bool_
+    assert taken.tolist() == [[True] * 4, [True, False, False, True], [False, True, True, False]]
+
+
 def test_a_folder_without_shards_or_with_a_cut_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no token shards"):
         TokenRows(tmp_path)

@@ -1,7 +1,7 @@
 """Documents packed into rows of one length by best fit, so that few are cut; pure functions over arrays of lengths.
 
-Source: Ding et al. 2024 (arXiv 2404.10830), section 3: best-fit-decreasing. Here no row is padded: a few rows are taken
-apart to fill the last places of the others, so every token of a row is one of a document.
+Source: Ding et al. 2024 (arXiv 2404.10830), section 3: best-fit-decreasing. `pack` pads no row: a few rows are
+taken apart to fill the last places of the others, so every token of a row is one of a document. `pack_whole` cuts nothing.
 
 Shapes: T tokens of the stream of all documents, D documents in it, P pieces of them, N rows, R tokens in a row.
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Tokens = npt.NDArray[np.int32]
 Indices = npt.NDArray[np.int64]
+Number = TypeVar("Number", bound=np.integer[Any])
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,21 @@ def pack(lengths_D: Indices, row_length: int) -> Pieces:
     rest_starts, rests = _fill(rest_starts[order], rests[order], best_fit(rests[order], row_length), row_length)
     full = np.full(len(full_starts), row_length, dtype=np.int64)
     return Pieces(np.concatenate([full_starts, rest_starts]), np.concatenate([full, rests]), row_length)
+
+
+def pack_whole(lengths_D: Indices, row_length: int) -> Pieces:
+    """Lay documents of up to a row into rows, none of them cut.
+
+    What a row has left is one more piece, of what the caller puts at the stream's end, from T on: R tokens of padding.
+    """
+    order = np.argsort(-lengths_D, kind="stable")
+    starts, lengths = (np.cumsum(lengths_D) - lengths_D)[order], lengths_D[order]
+    rows = best_fit(lengths, row_length)
+    rooms = row_length - np.bincount(rows, weights=lengths).astype(np.int64)
+    is_open = rooms > 0
+    by_row = np.argsort(np.concatenate([rows, np.flatnonzero(is_open)]), kind="stable")
+    padding = np.full(int(is_open.sum()), lengths_D.sum())
+    return Pieces(np.concatenate([starts, padding])[by_row], np.concatenate([lengths, rooms[is_open]])[by_row], row_length)
 
 
 def best_fit(lengths: Indices, row_length: int) -> Indices:
@@ -122,9 +139,9 @@ def _count_up(counts: Indices) -> Indices:
     return np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(ends - counts, counts)
 
 
-def gather(stream_T: Tokens, pieces: Pieces, rows: Indices) -> tuple[Tokens, list[Indices]]:
-    """Give the tokens of some rows, [len(rows), R], and where in each row its pieces start."""
-    tokens = np.empty((len(rows), pieces.row_length), dtype=np.int32)
+def gather(stream_T: npt.NDArray[Number], pieces: Pieces, rows: Indices) -> tuple[npt.NDArray[Number], list[Indices]]:
+    """Give what stands in the stream for some rows, [len(rows), R], and where in each row its pieces start."""
+    tokens = np.empty((len(rows), pieces.row_length), dtype=stream_T.dtype)
     places = []
     for row, first, last in zip(tokens, pieces.boundaries_N1[rows], pieces.boundaries_N1[rows + 1], strict=True):
         lengths = pieces.lengths_P[first:last]

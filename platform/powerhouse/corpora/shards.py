@@ -2,7 +2,8 @@
 
 Shapes: N rows, R tokens in a row. A row of R tokens trains R - 1 predictions: inputs row[:-1], labels row[1:].
 Columns: `tokens`, a list of the fixed size R; and, where the writer knew them, `starts`, the places in the row where the
-tokens of another document, or of another part of one, begin. The first is 0.
+tokens of another document, or of another part of one, begin. The first is 0. And, in what is made for tuning, `learned`, a list
+of R that is 1 at each token that is to be predicted; without the column every token is.
 """
 
 from __future__ import annotations
@@ -17,13 +18,21 @@ import pyarrow as pa
 from powerhouse.errors import InputError
 
 Rows = npt.NDArray[np.int32]
+Marks = npt.NDArray[np.bool_]
 
 
-def write_shard(path: Path, rows_NR: Rows, starts: Sequence[npt.NDArray[np.int64]] | None = None) -> None:
+def write_shard(
+    path: Path,
+    rows_NR: Rows,
+    starts: Sequence[npt.NDArray[np.int64]] | None = None,
+    learned_NR: npt.NDArray[np.uint8] | None = None,
+) -> None:
     """Write the rows as one file; shards are read in the order of their names."""
     columns = {"tokens": pa.FixedSizeListArray.from_arrays(pa.array(rows_NR.reshape(-1)), rows_NR.shape[1])}
     if starts is not None:
         columns["starts"] = pa.array(starts, type=pa.list_(pa.int32()))
+    if learned_NR is not None:
+        columns["learned"] = pa.FixedSizeListArray.from_arrays(pa.array(learned_NR.reshape(-1)), learned_NR.shape[1])
     table = pa.table(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -55,6 +64,20 @@ class TokenRows:
         for number in np.unique(shard_of):
             is_here = shard_of == number
             out[is_here] = self._shards[number][indices[is_here] - self._starts[number]]
+        return out
+
+    @property
+    def tells_learned(self) -> bool:
+        """Whether only some of the tokens are to be predicted."""
+        return "learned" in self._tables[0].column_names
+
+    def take_learned(self, indices: npt.NDArray[np.int64]) -> Marks:
+        """Tell of each token of these rows whether it is to be predicted, [len(indices), R]."""
+        out = np.ones((len(indices), self.row_length), dtype=np.bool_)
+        for place, index in enumerate(indices):
+            number = int(np.searchsorted(self._starts, index, side="right")) - 1
+            if "learned" in self._tables[number].column_names:
+                out[place] = self._tables[number]["learned"][int(index - self._starts[number])].values.to_numpy()
         return out
 
     def take_documents(self, indices: npt.NDArray[np.int64]) -> Rows:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -27,9 +26,9 @@ from ray.data import ActorPoolStrategy
 from powerhouse.artifacts import Artifact, produce, write_atomically
 from powerhouse.config import Config, StoragePath
 from powerhouse.corpora.encoder import make_encoder
-from powerhouse.corpora.pack import Indices, Pieces, Tokens, documents_of_pieces, gather, join, pack, shuffle_order
+from powerhouse.corpora.pack import Indices, Tokens, documents_of_pieces, join, pack, shuffle_order
+from powerhouse.corpora.rows import write_provenance, write_rows
 from powerhouse.corpora.session import TABLES, WorkersConfig, connect
-from powerhouse.corpora.shards import write_shard
 from powerhouse.corpora.vocabulary import Method, train
 from powerhouse.errors import InputError
 from powerhouse.telemetry import progress
@@ -101,11 +100,11 @@ def _make(config: TokensConfig, folder: Path) -> dict[str, int | float]:
         )
     stream_T = _join_parts(folder / "work", len(paths))
     order_N = shuffle_order(pieces.num_rows, config.seed)
-    _write_shards(stream_T, pieces, order_N, config.rows_per_shard, folder / "rows")
+    write_rows(folder / "rows", stream_T, pieces, order_N, config.rows_per_shard)
     del stream_T  # unmaps the file
     shutil.rmtree(folder / "work")
     documents_P = documents_of_pieces(documents["num_tokens"].to_numpy(), pieces)
-    _write_provenance(documents["doc_id"].to_numpy()[documents_P], pieces, order_N, folder / "provenance.parquet")
+    write_provenance(folder / "provenance.parquet", documents["doc_id"].to_numpy()[documents_P], pieces, order_N)
     report = make_report(documents, documents_P, config.row_length, num_marks=len(tokenizer.start_of_text_ids) + 1)
     write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     shape: dict[str, int | float] = {
@@ -224,17 +223,3 @@ def _join_parts(work: Path, num_parts: int) -> Tokens:
             with _part_path(work, number).open("rb") as part:
                 shutil.copyfileobj(part, stream)
     return np.memmap(work / "stream.bin", dtype=np.int32, mode="r")
-
-
-def _write_shards(stream_T: Tokens, pieces: Pieces, order_N: Indices, rows_per_shard: int, folder: Path) -> None:
-    folder.mkdir()
-    for number, start in enumerate(range(0, len(order_N), rows_per_shard)):
-        rows = gather(stream_T, pieces, order_N[start : start + rows_per_shard])
-        write_shard(folder / f"rows-{number:05d}.arrow", *rows)
-
-
-def _write_provenance(doc_ids_P: npt.NDArray[np.uint64], pieces: Pieces, order_N: Indices, path: Path) -> None:
-    """Write, for each row of the shards, the id of the document that each of its pieces is of."""
-    bounds = pieces.boundaries_N1
-    ids = [doc_ids_P[bounds[row] : bounds[row + 1]] for row in order_N]
-    pq.write_table(pa.table({"doc_ids": pa.array(ids, type=pa.list_(pa.uint64()))}), path)
