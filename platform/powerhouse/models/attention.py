@@ -50,6 +50,8 @@ class Mask:
     """False at keys that are padding."""
     document_BS: Tensor | None = None
     """Numbers of documents packed in a row: keys of another document are not seen."""
+    query_document_BT: Tensor | None = None
+    """Those of the queries, where they stand on an axis of their own, as in cross-attention."""
 
     def sees(self, query: Tensor, key: Tensor, row: Tensor) -> Tensor:
         """Tell for positions on the keys' axis, all broadcast together, whether the query may see the key."""
@@ -59,7 +61,8 @@ class Mask:
         if self.window is not None:
             seen = seen & (key > query - self.window)
         if self.document_BS is not None:
-            seen = seen & (self.document_BS[row, query] == self.document_BS[row, key])
+            own = self.document_BS if self.query_document_BT is None else self.query_document_BT
+            seen = seen & (own[row, query] == self.document_BS[row, key])
         if self.valid_BS is not None:
             seen = seen & self.valid_BS[row, key]
             if self.is_causal:
@@ -88,6 +91,14 @@ class Kernel(Protocol):
     """(q_BTHD, k_BSKD, v_BSKD, mask, bias) -> o_BTHD."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: PositionBias | None = None, /) -> Tensor: ...
+
+
+def document_positions(documents_BT: Tensor) -> Tensor:
+    """Positions [B, T] that start anew with each document; a document's tokens stand together."""
+    places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    is_first = torch.ones_like(documents_BT, dtype=torch.bool)
+    is_first[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return places_T - torch.where(is_first, places_T, 0).cummax(dim=1).values
 
 
 def distances(mask: Mask, queries: range, keys: range, device: torch.device) -> Tensor:

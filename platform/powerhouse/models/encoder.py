@@ -13,8 +13,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from powerhouse.models.attention import Kernel, Mask, RowAttention
-from powerhouse.models.kernels import sdpa_attention
+from powerhouse.models.attention import Kernel, Mask, RowAttention, document_positions
+from powerhouse.models.kernels import document_kernel, sdpa_attention
 from powerhouse.models.layers import ACTIVATIONS, AttentionShape, Block, Embedding, FeedForward, Linear
 from powerhouse.models.model import Model, ModelConfig
 
@@ -109,11 +109,22 @@ class Encoder(Model):
         return dict(self.layers.items())
 
     def encode(
-        self, ids_BT: Tensor, valid_BT: Tensor | None = None, segments_BT: Tensor | None = None, kernel: Kernel = sdpa_attention
+        self,
+        ids_BT: Tensor,
+        valid_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        kernel: Kernel = sdpa_attention,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, C]; `valid_BT` is False at padding, which stands on the right."""
-        attend = RowAttention(Mask(is_causal=False, valid_BS=valid_BT), kernel)
-        positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        """Hidden states [B, T, C]; `valid_BT` is False at padding, which stands on the right.
+
+        With the numbers of the documents packed in each row, a document's states are those it has alone.
+        """
+        if documents_BT is not None:
+            kernel, positions = document_kernel(ids_BT.device), document_positions(documents_BT)
+        else:
+            positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        attend = RowAttention(Mask(is_causal=False, valid_BS=valid_BT, document_BS=documents_BT), kernel)
         segments = torch.zeros_like(ids_BT) if segments_BT is None else segments_BT
         x = self.embed_tokens(ids_BT) + self.embed_positions(positions) + self.embed_segments(segments)
         x = self.embed_norm(x)
@@ -123,10 +134,15 @@ class Encoder(Model):
         return states
 
     def forward(
-        self, ids_BT: Tensor, valid_BT: Tensor | None = None, segments_BT: Tensor | None = None, kernel: Kernel = sdpa_attention
+        self,
+        ids_BT: Tensor,
+        valid_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        kernel: Kernel = sdpa_attention,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         """fp32 logits [B, T, V] with the masked-LM head, [B, C] with the pooler, else hidden states [B, T, C]."""
-        x = self.encode(ids_BT, valid_BT, segments_BT, kernel)
+        x = self.encode(ids_BT, valid_BT, segments_BT, kernel, documents_BT)
         if self.config.head == "pooler":
             pooled: Tensor = torch.tanh(self.pooler(x[:, 0]))
             return pooled

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from powerhouse.models.attention import Attend, Kernel, Mask, RowAttention
-from powerhouse.models.kernels import causal_attention, sdpa_attention
+from powerhouse.models.attention import Attend, Kernel, Mask, RowAttention, document_positions
+from powerhouse.models.kernels import causal_attention, document_kernel, sdpa_attention
 from powerhouse.models.layers import (
     AttentionShape,
     Block,
@@ -108,17 +108,38 @@ class EncoderDecoder(Model):
         halves = {name: half for name in ("encoder", "decoder") if (half := getattr(self, name, None)) is not None}
         return {f"{name}.{i}": block for name, half in halves.items() for i, block in half.layers.items()}
 
-    def encode(self, ids_BS: Tensor, valid_BS: Tensor | None = None, kernel: Kernel = sdpa_attention) -> Tensor:
-        """Hidden states [B, S, C]; `valid_BS` is False at padding, which stands on the right."""
-        attend = RowAttention(Mask(is_causal=False, valid_BS=valid_BS), kernel)
-        positions = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+    def encode(
+        self,
+        ids_BS: Tensor,
+        valid_BS: Tensor | None = None,
+        kernel: Kernel = sdpa_attention,
+        documents_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, S, C]; `valid_BS` is False at padding, which stands on the right.
+
+        With the numbers of the documents packed in each row, a document's states are those it has alone.
+        """
+        attend = RowAttention(Mask(is_causal=False, valid_BS=valid_BS, document_BS=documents_BS), kernel)
+        if documents_BS is not None:
+            positions = document_positions(documents_BS)
+        else:
+            positions = torch.arange(ids_BS.shape[1], device=ids_BS.device)
         states: Tensor = self.encoder(self.embed(ids_BS, positions), attend)
         return states
 
-    def remember(self, ids_BS: Tensor, valid_BS: Tensor | None = None, kernel: Kernel = sdpa_attention) -> Memory:
-        """Encode the source for `forward`."""
-        attend = RowAttention(Mask(is_causal=False, valid_BS=valid_BS), kernel)
-        return Memory(self.encode(ids_BS, valid_BS, kernel), attend)
+    def remember(
+        self,
+        ids_BS: Tensor,
+        valid_BS: Tensor | None = None,
+        kernel: Kernel = sdpa_attention,
+        documents_BS: Tensor | None = None,
+        target_documents_BT: Tensor | None = None,
+    ) -> Memory:
+        """Encode the source for `forward`; a packed target looks at the source of the same number."""
+        if documents_BS is not None:
+            kernel = document_kernel(ids_BS.device)
+        mask = Mask(is_causal=False, valid_BS=valid_BS, document_BS=documents_BS, query_document_BT=target_documents_BT)
+        return Memory(self.encode(ids_BS, valid_BS, kernel, documents_BS), RowAttention(mask, kernel))
 
     def forward(self, ids_BT: Tensor, positions: Tensor, memory: Memory | None, attend: Attend = causal_attention) -> Tensor:
         """fp32 logits [B, T, V] of the target so far; a decoder without encoder takes no memory."""

@@ -175,5 +175,11 @@ KERNELS: dict[str, Kernel] = {
     "flex": flex_attention_kernel,
 }
 
+
+def document_kernel(device: torch.device) -> Kernel:
+    """The kernel for a mask of documents: on a GPU the one that leaves out what the mask hides."""
+    return flex_attention_kernel if device.type == "cuda" else sdpa_attention
+
+
 causal_attention = RowAttention(Mask(), sdpa_attention)
 """Rows from their start, each position after the other: the `Attend` of a decoder's training."""

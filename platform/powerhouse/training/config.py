@@ -14,7 +14,8 @@ from powerhouse.models.encoder_decoder import T5Config
 from powerhouse.models.hub import open_checkpoint
 from powerhouse.models.model import ModelConfig
 from powerhouse.tokenizer import Tokenizer
-from powerhouse.training.methods import METHODS, Noise, make_shape, method_of
+from powerhouse.training.batches import Noise
+from powerhouse.training.methods import METHODS, make_shape, method_of
 from powerhouse.training.settings import NoiseConfig, OptimConfig, RunConfig
 
 
@@ -40,6 +41,9 @@ class TrainingConfig(Config):
     """Rows that one step learns from, over all workers."""
     num_steps: int = Field(gt=0)
     """Optimiser steps."""
+    masks_documents: bool | None = None
+    """Attention stays within a document and positions start anew with it, as if it were alone in its row. null: where the
+    rows tell which tokens are learned (conversations, pairs of texts), and else not."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of the fresh weights and of the order of the rows."""
     run: RunConfig
@@ -65,7 +69,10 @@ class TrainingConfig(Config):
     def make_noise(self, tokenizer: Tokenizer, row_length: int) -> Noise:
         """What is hidden from the model, with the tokenizer that made the rows."""
         share, mean_span = self.noise.share, self.noise.mean_span
-        return method_of(self.shape).make_noise(tokenizer, row_length, seed=self.seed, share=share, mean_span=mean_span)
+        start_id = getattr(self.shape, "start_token_id", None)
+        return method_of(self.shape).make_noise(
+            tokenizer, row_length, seed=self.seed, share=share, mean_span=mean_span, start_id=start_id
+        )
 
 
 def read_shape(config: TrainingConfig) -> TrainingConfig:
@@ -113,11 +120,32 @@ def check(config: TrainingConfig, tokens: Artifact) -> None:
         raise ConfigError(
             f"model.max_position_embeddings: shorter than the rows of {tokens.path}", got=context, allowed=f"{longest} or more"
         )
-    if isinstance(config.shape, T5Config) and {config.shape.start_token_id, config.shape.end_token_id} != {noise.end_id}:
+    if isinstance(config.shape, T5Config) and config.shape.end_token_id != noise.end_id:
         raise ConfigError(
-            "model.start_token_id, model.end_token_id: not the tokenizer's end of a text",
-            got=f"{config.shape.start_token_id}, {config.shape.end_token_id}",
-            allowed=noise.end_id,
+            "model.end_token_id: not the tokenizer's end of a text", got=config.shape.end_token_id, allowed=noise.end_id
+        )
+    _check_learned(config, tokens)
+
+
+def _check_learned(config: TrainingConfig, tokens: Artifact) -> None:
+    """Hold what the rows tell to be learned against what the family can learn from them."""
+    counts, is_t5 = tokens.manifest.counts, isinstance(config.shape, T5Config)
+    if "num_learned_tokens" not in counts:
+        if is_t5 and config.masks_documents:
+            raise ConfigError("masks_documents: spans are hidden without regard to documents", got=True, allowed="false, null")
+        return
+    if isinstance(config.shape, EncoderConfig):
+        raise ConfigError(
+            f"tokens: {config.tokens} tells which tokens are answers, and an encoder writes none",
+            do="train a decoder or a t5 on it",
+        )
+    if is_t5 and config.masks_documents is False:
+        raise ConfigError("masks_documents: a source and its target belong together", got=False, allowed="true, null")
+    if is_t5 and counts["num_answers"] != counts["num_documents"]:
+        raise ConfigError(
+            f"tokens: {config.tokens} has records with several answers",
+            got=f"{counts['num_answers']} answers in {counts['num_documents']} records",
+            do="give a t5 one source and one target a record, or train a decoder on it",
         )
 
 

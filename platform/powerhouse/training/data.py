@@ -7,12 +7,22 @@ r-th of n equal slices of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from powerhouse.corpora.shards import TokenRows
+from powerhouse.tokenizer import Tokenizer
+from powerhouse.training.batches import Noise
+from powerhouse.training.config import TrainingConfig
+from powerhouse.training.methods import Method, method_of
+from powerhouse.training.objectives import Batch
+
+ROWS = "rows"
 Indices = npt.NDArray[np.int64]
 
 
@@ -43,3 +53,43 @@ def places_of(step: int, rank: int, num_ranks: int, global_batch_rows: int) -> I
     num_here = global_batch_rows // num_ranks
     start = step * global_batch_rows + rank * num_here
     return np.arange(start, start + num_here)
+
+
+def masks_documents(config: TrainingConfig) -> bool:
+    """Whether documents are kept apart: as the config says, or else where rows tell which tokens are learned."""
+    return TokenRows(config.tokens / ROWS).tells_learned if config.masks_documents is None else config.masks_documents
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads the rows of a step straight from the memory-mapped shards."""
+
+    rows: TokenRows
+    order: RowOrder
+    method: Method
+    noise: Noise
+    masks_documents: bool
+
+    @classmethod
+    def open(cls, config: TrainingConfig) -> RowReader:
+        rows, method = TokenRows(config.tokens / ROWS), method_of(config.shape)
+        noise = config.make_noise(Tokenizer.load(config.tokens), rows.row_length)
+        return cls(rows, RowOrder(len(rows), config.seed), method, noise, masks_documents(config))
+
+    def batch(self, places_B: Indices, device: torch.device) -> Batch:
+        """The rows at these places of the stream, as the method wants them.
+
+        Raises:
+            InputError: documents are to be kept apart, and the shards do not tell where they start.
+        """
+        numbers_B = self.order.rows_at(places_B)
+        documents_BR = self.rows.take_documents(numbers_B) if self.masks_documents else None
+        learned_BR = self.rows.take_learned(numbers_B) if self.rows.tells_learned else None
+        return self.method.batch(self.rows.take(numbers_B), places_B, self.noise, device, documents_BR, learned_BR)
+
+
+def read_batches(config: TrainingConfig, start_step: int, rank: int, num_ranks: int, device: torch.device) -> Iterator[Batch]:
+    """A rank's rows of each step from `start_step` on."""
+    reader = RowReader.open(config)
+    for step in range(start_step, config.num_steps):
+        yield reader.batch(places_of(step, rank, num_ranks, config.global_batch_rows), device)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from ray.util.metrics import Gauge as RayGauge
 
 from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
-from powerhouse.corpora.shards import TokenRows
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ClusterError, PowerhouseError, TrainingError
 from powerhouse.models.hub import load_model, save_model
@@ -30,15 +28,13 @@ from powerhouse.telemetry import Gauge, read_metrics
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training import checkpoint
 from powerhouse.training.config import TrainingConfig, check, read_shape
-from powerhouse.training.data import RowOrder, places_of
+from powerhouse.training.data import masks_documents, read_batches
 from powerhouse.training.loop import CHECKPOINTS, train
 from powerhouse.training.methods import method_of
-from powerhouse.training.objectives import Batch
 from powerhouse.training.optim import make_optimizer
 from powerhouse.training.sharding import gather_state, recompute_blocks, shard
 from powerhouse.training.watch import METRICS, Watch
 
-ROWS = "rows"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,6 +51,7 @@ def train_model(config: TrainingConfig) -> Artifact:
     if config.precision == "auto":
         is_fast = computes_bfloat16("cuda" if config.run.use_gpu else "cpu")
         config = config.model_copy(update={"precision": "bfloat16" if is_fast else "float32"})
+    config = config.model_copy(update={"masks_documents": masks_documents(config)})
     settings = config.model_dump(mode="json", exclude={"tokens", "output", "run", "start_from"})
     inputs: dict[str, Artifact | str] = {"tokens": tokens}
     if config.start_from:
@@ -146,7 +143,7 @@ def work(config: TrainingConfig) -> None:
     start_step = checkpoint.latest_step(config.output / CHECKPOINTS)
     if start_step:
         checkpoint.load(config.output / CHECKPOINTS, start_step, model, optimizer)
-    batches = _read_batches(config, start_step, device)
+    batches = read_batches(config, start_step, dist.get_rank(), dist.get_world_size(), device)
     with Watch(config.output, start_step, config.num_steps, _ray_gauges()) as watch:
         train(model, optimizer, method.objective, batches, config, config.output, start_step, watch)
     state = gather_state(model)
@@ -161,16 +158,6 @@ def make_model(config: TrainingConfig) -> Model:
     model = method_of(config.shape).model_class(config.shape)
     model.initialise(config.seed)
     return model
-
-
-def _read_batches(config: TrainingConfig, start_step: int, device: torch.device) -> Iterator[Batch]:
-    """This worker's rows of each step, read straight from the memory-mapped shards."""
-    method, rows = method_of(config.shape), TokenRows(config.tokens / ROWS)
-    noise = config.make_noise(Tokenizer.load(config.tokens), rows.row_length)
-    order = RowOrder(len(rows), config.seed)
-    for step in range(start_step, config.num_steps):
-        places = places_of(step, dist.get_rank(), dist.get_world_size(), config.global_batch_rows)
-        yield method.batch(rows.take(order.rows_at(places)), places, noise, device)
 
 
 def _ray_gauges() -> Gauge:

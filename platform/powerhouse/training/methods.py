@@ -1,6 +1,6 @@
 """What a run trains and on what: the model's family, its objective, and how rows of tokens become its batches.
 
-Shapes: B rows, R tokens in a row, S source positions, T positions. A new method is a new entry of METHODS.
+A new method is a new entry of METHODS.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from powerhouse.corpora.shards import Rows
+from powerhouse.corpora.shards import Marks, Rows
 from powerhouse.models.decoder import Decoder, DecoderConfig
 from powerhouse.models.encoder import Encoder, EncoderConfig
 from powerhouse.models.encoder_decoder import T5, T5Config
 from powerhouse.models.model import Model, ModelConfig
 from powerhouse.tokenizer import Tokenizer
-from powerhouse.training.noise import Indices, SpanLengths, corrupt_spans, mask_tokens
+from powerhouse.training.batches import Arrays, Noise, PackedRows, causal_batch, masked_batch, sequence_batch
+from powerhouse.training.noise import Indices, SpanLengths
 from powerhouse.training.objectives import (
     Batch,
     Objective,
@@ -30,30 +31,11 @@ from powerhouse.training.objectives import (
 
 
 @dataclass(frozen=True)
-class Noise:
-    """What gap-filling needs to know; a causal model needs none of it."""
-
-    seed: int
-    share: float
-    """Share of a row's tokens that are hidden."""
-    mean_span: float
-    """Mean length of a hidden span of a T5."""
-    num_tokens: int
-    """Size of the tokenizer's vocabulary."""
-    end_id: int
-    """What ends a text."""
-    special_tokens: tuple[str, ...]
-    """The method's own tokens: the mask, or a sentinel for each span."""
-    special_ids: tuple[int, ...]
-    """Their ids: the tokenizer's, or those after its vocabulary."""
-
-
-@dataclass(frozen=True)
 class Method:
     config_class: type[ModelConfig]
     model_class: type[Model]
     objective: Objective
-    make_batch: Callable[[Rows, Indices, Noise], dict[str, Indices]]
+    make_batch: Callable[[PackedRows, Noise], Arrays]
     name_special_tokens: Callable[[Tokenizer, SpanLengths], list[str]]
     predicts_next: bool = False
     """The last token of a row is only predicted."""
@@ -62,38 +44,35 @@ class Method:
         """Tokens of a row that the model sees."""
         return row_length - self.predicts_next
 
-    def make_noise(self, tokenizer: Tokenizer, row_length: int, *, seed: int, share: float, mean_span: float) -> Noise:
+    def make_noise(
+        self,
+        tokenizer: Tokenizer,
+        row_length: int,
+        *,
+        seed: int,
+        share: float,
+        mean_span: float,
+        start_id: int | None = None,
+    ) -> Noise:
         names = self.name_special_tokens(tokenizer, SpanLengths.of(row_length, share, mean_span))
         new_ids = count(tokenizer.vocab_size)
         ids = [next(new_ids) if (known := tokenizer.core.token_to_id(name)) is None else known for name in names]
-        return Noise(seed, share, mean_span, tokenizer.vocab_size, tokenizer.end_of_text_id, tuple(names), tuple(ids))
+        end_id = tokenizer.end_of_text_id
+        start_id = end_id if start_id is None else start_id
+        return Noise(seed, share, mean_span, tokenizer.vocab_size, start_id, end_id, tuple(names), tuple(ids))
 
-    def batch(self, rows_BR: Rows, places_B: Indices, noise: Noise, device: torch.device) -> Batch:
-        arrays = self.make_batch(rows_BR, places_B, noise)
+    def batch(
+        self,
+        rows_BR: Rows,
+        places_B: Indices,
+        noise: Noise,
+        device: torch.device,
+        documents_BR: Rows | None = None,
+        learned_BR: Marks | None = None,
+    ) -> Batch:
+        """What the objective is given for these rows; see `PackedRows`."""
+        arrays = self.make_batch(PackedRows(rows_BR, places_B, documents_BR, learned_BR), noise)
         return {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in arrays.items()}
-
-
-def _causal(rows_BR: Rows, places_B: Indices, noise: Noise) -> dict[str, Indices]:
-    """Every token is predicted from those before it in its row: T = R - 1."""
-    tokens_BR = rows_BR.astype(np.int64)
-    return {"inputs": tokens_BR[:, :-1], "labels": tokens_BR[:, 1:]}
-
-
-def _masked(rows_BR: Rows, places_B: Indices, noise: Noise) -> dict[str, Indices]:
-    inputs_BT, labels_BT = mask_tokens(
-        rows_BR, places_B, seed=noise.seed, share=noise.share, mask_id=noise.special_ids[0], vocab_size=noise.num_tokens
-    )
-    return {"inputs": inputs_BT, "labels": labels_BT}
-
-
-def _spans(rows_BR: Rows, places_B: Indices, noise: Noise) -> dict[str, Indices]:
-    """The decoder is shown the end of a text, which is also its start token, and then each target but the last."""
-    lengths = SpanLengths.of(rows_BR.shape[1], noise.share, noise.mean_span)
-    sources_BS, targets_BT = corrupt_spans(
-        rows_BR, places_B, seed=noise.seed, lengths=lengths, sentinels=noise.special_ids, end_id=noise.end_id
-    )
-    starts_B1 = np.full((len(targets_BT), 1), noise.end_id)
-    return {"sources": sources_BS, "inputs": np.concatenate([starts_B1, targets_BT[:, :-1]], axis=1), "labels": targets_BT}
 
 
 def _no_tokens(tokenizer: Tokenizer, lengths: SpanLengths) -> list[str]:
@@ -109,11 +88,11 @@ def _sentinels(tokenizer: Tokenizer, lengths: SpanLengths) -> list[str]:
 
 
 METHODS = {
-    "decoder": Method(DecoderConfig, Decoder, causal_language_model, _causal, _no_tokens, predicts_next=True),
-    "encoder": Method(EncoderConfig, Encoder, masked_language_model, _masked, _mask),
-    "t5": Method(T5Config, T5, sequence_to_sequence, _spans, _sentinels),
+    "decoder": Method(DecoderConfig, Decoder, causal_language_model, causal_batch, _no_tokens, predicts_next=True),
+    "encoder": Method(EncoderConfig, Encoder, masked_language_model, masked_batch, _mask),
+    "t5": Method(T5Config, T5, sequence_to_sequence, sequence_batch, _sentinels),
 }
-"""Family of the model -> how it is pretrained: next tokens, masked tokens, corrupted spans."""
+"""Family of the model -> how it is trained: on next tokens, masked tokens, corrupted spans or pairs."""
 
 
 def method_of(config: ModelConfig) -> Method:
