@@ -15,8 +15,8 @@ CHECK = "--check"
 FAILED, NOT_DONE = 2, 3
 
 
-def run(function: Callable[[ConfigType], Artifact], config_class: type[ConfigType], usage: str) -> NoReturn:
-    """Exit 0 with the artifact's counts and path on the last lines, or 2 with one clear error.
+def run(function: Callable[[ConfigType], Artifact | str], config_class: type[ConfigType], usage: str) -> NoReturn:
+    """Exit 0 with the artifact's counts and path, or the answer, on the last lines, or 2 with one clear error.
 
     With `--check` nothing is done: exit 3 where the job would have work to do.
     """
@@ -25,10 +25,15 @@ def run(function: Callable[[ConfigType], Artifact], config_class: type[ConfigTyp
     mode = checking() if CHECK in sys.argv[1:] else contextlib.nullcontext()
     try:
         with mode:
-            artifact = function(parse_command_line(config_class, arguments, usage))
+            result = function(parse_command_line(config_class, arguments, usage))
     except PowerhouseError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(NOT_DONE if isinstance(error, NotDoneError) else FAILED)
-    counts = "  ".join(f"{name}={value:,}" for name, value in artifact.manifest.counts.items())
-    sys.stdout.write(f"{counts}\n{artifact.manifest.kind}: {artifact.path}\n")
+    sys.stdout.write(result if isinstance(result, str) else _describe(result))
+    sys.stdout.write("\n")
     sys.exit(0)
+
+
+def _describe(artifact: Artifact) -> str:
+    counts = "  ".join(f"{name}={value:,}" for name, value in artifact.manifest.counts.items())
+    return f"{counts}\n{artifact.manifest.kind}: {artifact.path}"

@@ -43,6 +43,8 @@ class DecoderConfig(ModelConfig):
         "smollm2-360m": _size(960, 2560, 32, 15, 5, 8192, vocab_size=49152, rope_theta=1e5),
         "llama-3.2-1b": _size(2048, 8192, 16, 32, 8, 131072, vocab_size=128256, rope_theta=5e5, rope_scaling={
             "kind": "llama3", "factor": 32.0, "original_context": 8192}),
+        "llama-3.1-8b": _size(4096, 14336, 32, 32, 8, 131072, vocab_size=128256, rope_theta=5e5, rope_scaling={
+            "kind": "llama3", "factor": 8.0, "original_context": 8192}, tie_word_embeddings=False),
         "qwen3-0.6b": _size(1024, 3072, 28, 16, 8, 40960, vocab_size=151936, rope_theta=1e6, rms_norm_eps=1e-6,
                             architecture="qwen3", has_qk_norm=True) | {"head_dim": 128},
         "mistral-7b": _size(4096, 14336, 32, 32, 8, 32768, vocab_size=32768, rope_theta=1e6,
