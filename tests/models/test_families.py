@@ -240,7 +240,7 @@ def test_each_family_has_named_sizes_that_are_valid() -> None:
 
 
 def test_an_unknown_size_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"one of llama-3\.2-1b, mistral-7b"):
+    with pytest.raises(ValueError, match=r"one of llama-3\.1-8b, llama-3\.2-1b, mistral-7b"):
         DecoderConfig.model_validate("llama-5")
 
 
