@@ -14,8 +14,9 @@ from powerhouse.models.decoder import DecoderConfig
 from powerhouse.models.encoder import EncoderConfig
 from powerhouse.models.encoder_decoder import T5Config
 from powerhouse.models.model import ModelConfig
+from powerhouse.training.batches import Noise
 from powerhouse.training.flops import count_parameters, find_device, measure_matmul, row_flops
-from powerhouse.training.methods import Noise, method_of
+from powerhouse.training.methods import method_of
 from powerhouse.training.noise import SpanLengths
 
 TINY_ENCODER = {
@@ -60,7 +61,7 @@ def test_a_model_has_as_many_parameters_as_its_maker_says(shape: ModelConfig, pu
 def test_the_formula_counts_what_torch_counts_forward_and_backward(shape: ModelConfig) -> None:
     method, model, num_rows = method_of(shape), on_meta(shape), 3
     num_spans = SpanLengths.of(49, 0.15, 3.0).num_spans
-    noise = Noise(0, 0.15, 3.0, shape.vocab_size, 0, (), (0,) * num_spans)
+    noise = Noise(0, 0.15, 3.0, shape.vocab_size, 0, 0, (), (0,) * num_spans)
     batch = method.batch(np.ones((num_rows, 49), dtype=np.int32), np.arange(num_rows), noise, torch.device("cpu"))
     batch = {name: tensor.to("meta") for name, tensor in batch.items()}
 

@@ -15,10 +15,11 @@ from powerhouse.artifacts import MANIFEST, Artifact
 from powerhouse.config import Config
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ConfigError
+from powerhouse.training.batches import Noise
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.flops import DEVICES, Peak, RowFlops, count_parameters, peak_of, row_flops
 from powerhouse.training.memory import Memory, plan_memory
-from powerhouse.training.methods import Noise, method_of
+from powerhouse.training.methods import method_of
 from powerhouse.training.noise import SpanLengths
 from powerhouse.training.objectives import Batch
 from powerhouse.training.sharding import blocks_of
@@ -120,7 +121,7 @@ def _empty_batch(config: PlanConfig, row_length: int) -> Batch:
     """A micro-batch as the run's method makes it, on the meta device."""
     method, noise = method_of(config.shape), config.noise
     num_spans = SpanLengths.of(row_length, noise.share, noise.mean_span).num_spans
-    nothing = Noise(0, noise.share, noise.mean_span, config.shape.vocab_size, 0, (), (0,) * num_spans)
+    nothing = Noise(0, noise.share, noise.mean_span, config.shape.vocab_size, 0, 0, (), (0,) * num_spans)
     num_rows = config.run.micro_batch_rows
     rows_BR = np.zeros((num_rows, row_length), dtype=np.int32)
     batch = method.batch(rows_BR, np.arange(num_rows), nothing, torch.device("cpu"))
