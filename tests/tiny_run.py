@@ -10,16 +10,24 @@ import torch
 import torch.distributed as dist
 
 from fakes import TEXTS, tiny_config, tiny_tokenizer
+from families import DECODER, ENCODER, T5_SHAPE
 from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
 from powerhouse.corpora.shards import write_shard
 from powerhouse.models.model import Model
+from powerhouse.training.build import build_model
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.methods import method_of
+from powerhouse.training.objectives import Batch
 from powerhouse.training.optim import make_optimizer
-from powerhouse.training.sharding import recompute_blocks, shard
 
 ROW_LENGTH = 17
+SHAPES: dict[str, dict[str, Any]] = {
+    "decoder": DECODER | {"vocab_size": 300},
+    "encoder": ENCODER | {"vocab_size": 301, "family": "encoder"},
+    "t5": T5_SHAPE | {"vocab_size": 302, "family": "t5", "start_token_id": 0, "end_token_id": 0},
+}
+"""Of each family that is trained, one shape."""
 
 
 def write_tokens(folder: Path, num_rows: int = 40) -> Artifact:
@@ -50,11 +58,7 @@ def make_config(folder: Path, **changes: Any) -> TrainingConfig:
 
 
 def sharded_model(config: TrainingConfig) -> tuple[Model, torch.optim.Optimizer]:
-    model = method_of(config.model).model_class(config.model)
-    model.initialise(config.seed)
-    if config.run.recomputes_blocks:
-        recompute_blocks(model)
-    shard(model, torch.device("cpu"), {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision])
+    model = build_model(config, torch.device("cpu"))
     return model, make_optimizer(model, config.optim)
 
 
@@ -66,3 +70,12 @@ def random_batch(num_rows: int = 8, num_ignored: int = 0) -> dict[str, torch.Ten
     num_here = num_rows // dist.get_world_size()
     here = slice(dist.get_rank() * num_here, (dist.get_rank() + 1) * num_here)
     return {"inputs": ids[here, :-1], "labels": labels[here]}
+
+
+def method_batch(config: TrainingConfig, num_rows: int = 8) -> Batch:
+    """This rank's part of a batch of the model's own method, of random rows."""
+    rows = np.random.default_rng(0).integers(1, 300, (num_rows, ROW_LENGTH)).astype(np.int32)
+    num_here = num_rows // dist.get_world_size()
+    here = np.arange(num_rows)[dist.get_rank() * num_here :][:num_here]
+    noise = config.make_noise(tiny_tokenizer(), ROW_LENGTH)
+    return method_of(config.shape).batch(rows[here], here, noise, torch.device("cpu"))

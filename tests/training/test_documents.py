@@ -193,7 +193,7 @@ def first_steps(config: TrainingConfig) -> list[tuple[float, float, int]]:
     model, _ = sharded_model(config)
     device, objective, found = torch.device("cpu"), method_of(config.shape).objective, []
     for batch in read_batches(config, 0, dist.get_rank(), dist.get_world_size(), device):
-        totals = accumulate(model, objective, batch, config.run.micro_batch_rows)
+        totals = accumulate(model, objective, batch, config.run)
         square = sum(float(g.full_tensor().double().square().sum()) for g in gradients(model))
         found.append((float(totals[0] / totals[1]), square**0.5, int(totals[1])))
         model.zero_grad()

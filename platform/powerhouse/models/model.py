@@ -60,6 +60,12 @@ class Model(nn.Module):
         for name, parameter in self.named_parameters():
             fill_parameter(parameter.data, name, seed, self.initial_std(name))
 
+    def fresh_parameter(self, name: str, seed: int) -> Tensor:
+        """What `initialise` gives the parameter, in float32 on the CPU; the model itself may be on the meta device."""
+        data = torch.empty(self.get_parameter(name).shape, device="cpu")
+        fill_parameter(data, name, seed, self.initial_std(name))
+        return data
+
 
 def fill_parameter(data: Tensor, name: str, seed: int, std: float) -> None:
     """Biases become zeros, norms ones, matrices normal(0, std)."""

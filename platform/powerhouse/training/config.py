@@ -151,6 +151,12 @@ def _check_learned(config: TrainingConfig, tokens: Artifact) -> None:
 
 def _check_batch(config: TrainingConfig) -> None:
     rows, micro = config.global_batch_rows, config.run.micro_batch_rows
+    if config.run.num_workers % (config.run.workers_per_copy or 1):
+        raise ConfigError(
+            "run.workers_per_copy: does not divide the workers",
+            got=f"{config.run.workers_per_copy} with run.num_workers={config.run.num_workers}",
+            allowed=_divisors(config.run.num_workers),
+        )
     if rows % (config.run.num_workers * micro) == 0:
         return
     if rows % micro:

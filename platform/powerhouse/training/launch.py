@@ -21,21 +21,19 @@ from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ClusterError, PowerhouseError, TrainingError
-from powerhouse.models.hub import load_model, save_model
-from powerhouse.models.model import Model
+from powerhouse.models.hub import save_model
 from powerhouse.session import connect
 from powerhouse.telemetry import Gauge, read_metrics
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training import checkpoint
+from powerhouse.training.build import build_model, empty_model
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.data import masks_documents, read_batches
 from powerhouse.training.loop import CHECKPOINTS, train
 from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
-from powerhouse.training.sharding import gather_state, recompute_blocks, shard
+from powerhouse.training.sharding import gather_state
 from powerhouse.training.watch import METRICS, Watch
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train_model(config: TrainingConfig) -> Artifact:
@@ -68,16 +66,11 @@ def _make(folder: Path, config: TrainingConfig, row_length: int) -> Counts:
     rows = read_metrics(folder / METRICS)
     last = [row["loss"] for row in rows[-max(len(rows) // 10, 1) :]]
     return {
-        "parameters": sum(parameter.numel() for parameter in _on_meta(config).parameters()),
+        "parameters": sum(parameter.numel() for parameter in empty_model(config).parameters()),
         "steps": config.num_steps,
         "tokens_seen": config.num_steps * config.global_batch_rows * method.num_positions(row_length),
         "final_loss": round(sum(last) / len(last), 4),
     }
-
-
-def _on_meta(config: TrainingConfig) -> Model:
-    with torch.device("meta"):
-        return method_of(config.shape).model_class(config.shape)
 
 
 # Ray's own 60 s is too short where an autoscaler must first start a node, or the workers' disk is cold.
@@ -135,10 +128,7 @@ def work(config: TrainingConfig) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
-    method, model = method_of(config.shape), make_model(config)
-    if config.run.recomputes_blocks:
-        recompute_blocks(model)
-    shard(model, device, _DTYPES[config.precision])
+    method, model = method_of(config.shape), build_model(config, device)
     optimizer = make_optimizer(model, config.optim)
     start_step = checkpoint.latest_step(config.output / CHECKPOINTS)
     if start_step:
@@ -149,15 +139,6 @@ def work(config: TrainingConfig) -> None:
     state = gather_state(model)
     if dist.get_rank() == 0:
         save_model(config.output, config.shape, state)
-
-
-def make_model(config: TrainingConfig) -> Model:
-    """The model before the first step, in fp32."""
-    if config.start_from:
-        return load_model(config.start_from).train()
-    model = method_of(config.shape).model_class(config.shape)
-    model.initialise(config.seed)
-    return model
 
 
 def _ray_gauges() -> Gauge:

@@ -20,7 +20,8 @@ from powerhouse.training import checkpoint
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.objectives import Batch, Objective
 from powerhouse.training.optim import learning_rate, set_learning_rate
-from powerhouse.training.settings import OptimConfig
+from powerhouse.training.settings import OptimConfig, RunConfig
+from powerhouse.training.sharding import announce_backward
 from powerhouse.training.watch import Watch
 
 CHECKPOINTS = "checkpoints"
@@ -59,7 +60,7 @@ def train(
         watch.begin()
         rate = learning_rate(step, config.num_steps, config.optim)
         set_learning_rate(optimizer, rate)
-        result = train_step(model, optimizer, objective, next(batches), config.run.micro_batch_rows, config.optim)
+        result = train_step(model, optimizer, objective, next(batches), config.run, config.optim)
         _check_is_finite(step, result)
         watch.record(step, {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}, result.num_tokens)
         num_done = step + 1
@@ -72,11 +73,11 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     batch: Batch,
-    micro_batch_rows: int,
+    run: RunConfig,
     config: OptimConfig,
 ) -> StepResult:
     """Accumulate the sum's gradient over the micro-batches, divide by the global count, clip, update."""
-    totals = accumulate(model, objective, batch, micro_batch_rows)
+    totals = accumulate(model, objective, batch, run)
     loss, num_tokens = (totals[0] / totals[1]).item(), int(totals[1].item())
     grad_norm = clip_gradients(model, config.clip_norm)
     optimizer.step()
@@ -84,10 +85,12 @@ def train_step(
     return StepResult(loss, grad_norm, num_tokens)
 
 
-def accumulate(model: nn.Module, objective: Objective, batch: Batch, micro_batch_rows: int) -> Tensor:
+def accumulate(model: nn.Module, objective: Objective, batch: Batch, run: RunConfig) -> Tensor:
     """Leave the gradient of the global mean in the parameters; return (loss_sum, num_valid_tokens) over all ranks."""
     totals = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
-    for micro_batch in split(batch, micro_batch_rows):
+    micro_batches = split(batch, run.micro_batch_rows)
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        announce_backward(model, is_last=number == len(micro_batches), is_deferred=run.accumulate == "deferred")
         loss_sum, num_valid = objective(model, micro_batch)
         torch.autograd.backward(loss_sum)
         totals += torch.stack([loss_sum.detach().double(), num_valid.double()])
@@ -96,10 +99,10 @@ def accumulate(model: nn.Module, objective: Objective, batch: Batch, micro_batch
     return totals
 
 
-def split(batch: Batch, num_rows: int) -> Iterator[Batch]:
+def split(batch: Batch, num_rows: int) -> list[Batch]:
     """Cut every tensor of the batch into pieces of `num_rows` rows."""
     names, pieces = list(batch), zip(*(torch.split(tensor, num_rows) for tensor in batch.values()), strict=True)
-    return (dict(zip(names, piece, strict=True)) for piece in pieces)
+    return [dict(zip(names, piece, strict=True)) for piece in pieces]
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -40,6 +40,12 @@ class RunConfig(Config):
 
     num_workers: int = Field(default=1, gt=0)
     """Training processes; the model is sharded over them."""
+    workers_per_copy: int | None = Field(default=None, gt=0)
+    """Workers that hold one copy of the model between them; all by default. Fewer, such as the GPUs of a node: several copies,
+    whose gradients are summed once a step (hybrid sharding). 1: plain replication."""
+    accumulate: Literal["sharded", "deferred"] = "sharded"
+    """When the workers of a copy sum their gradients. sharded: after each micro-batch; each keeps its slice. deferred: once a
+    step; less traffic, and each holds the whole gradient in float32 until then."""
     micro_batch_rows: int = Field(gt=0)
     """Rows in one forward pass of one worker; the rest of the global batch is accumulated."""
     cpus_per_worker: float = Field(default=1, gt=0)
@@ -50,9 +56,11 @@ class RunConfig(Config):
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = Field(default=1, gt=0)
     """Newest checkpoints that are kept."""
-    recomputes_blocks: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016): less memory, about a
-    third more work."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it. full: a block's inside, all but its input (Chen et al.
+    2016): least memory, about a third more work. selective: all but the results of matrix products and of attention."""
+    compiles_blocks: bool = False
+    """Compile each block with torch.compile: faster on a GPU, after a first step of minutes."""
     max_failures: int = Field(default=2, ge=0)
     """How often lost workers are replaced before the run gives up."""
 

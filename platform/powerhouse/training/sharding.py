@@ -1,21 +1,25 @@
-"""Fully sharded data parallelism (Zhao et al. 2023; torch's `fully_shard`), laid on a model from outside.
+"""Sharded data parallelism (Zhao et al. 2023; torch's `fully_shard`), laid on a model from outside.
 
-Every rank keeps a slice of each float32 parameter, of its gradient and of the optimiser's state. A block's parameters are
-gathered, in the precision of the computation, when the block runs.
+The ranks that hold one copy of the model keep a slice each of every float32 parameter, of its gradient and of the
+optimiser's state. A block's parameters are gathered, in the precision of the computation, when the block runs.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
+
+from powerhouse.models.model import Model
+
+Read = Callable[[str], Tensor]
+"""A parameter's name -> the whole parameter, in float32 on the CPU."""
 
 
 class HasBlocks(Protocol):
@@ -24,22 +28,31 @@ class HasBlocks(Protocol):
     def blocks(self) -> dict[str, nn.Module]: ...
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Keep only each block's input for the backward pass, and compute the rest again; to be called before `shard`."""
-    for block in blocks_of(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+def make_mesh(device: torch.device, ranks_per_copy: int | None = None) -> DeviceMesh:
+    """All ranks over one copy of the model, or copies x ranks: sharded within a copy, summed over the copies.
 
-
-def shard(model: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """Shard over all ranks, block by block, then what is left (embedding, last norm, head) as the root.
-
-    Gradients arrive as the SUM over ranks, in float32: the loop divides by the number of tokens, which only it knows.
+    With one rank to a copy that is plain replication.
     """
+    num_ranks = dist.get_world_size()
     # Without a device type the mesh would be one of GPUs wherever a GPU is found, whatever the process group is.
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
+    if ranks_per_copy is None or ranks_per_copy == num_ranks:
+        return init_device_mesh(device.type, (num_ranks,), mesh_dim_names=("shard",))
+    assert num_ranks % ranks_per_copy == 0, f"{ranks_per_copy} ranks to a copy, of {num_ranks}"
+    return init_device_mesh(device.type, (num_ranks // ranks_per_copy, ranks_per_copy), mesh_dim_names=("copy", "shard"))
+
+
+def shard(model: nn.Module, read: Read, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """Fill a model that is on the meta device and shard it, block by block, then the rest (embedding, last norm, head).
+
+    A rank holds no more than its slices and one block in full at a time. Gradients arrive as the SUM over ranks, in
+    float32: the loop divides by the number of tokens, which only it knows.
+    """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    names = {module: name for name, module in model.named_modules()}
     for block in blocks_of(model):
+        _fill(block, f"{names[block]}.", read)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    _fill(model, "", read)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -48,6 +61,27 @@ def shard(model: nn.Module, device: torch.device, compute_dtype: torch.dtype) ->
             module.set_gradient_divide_factor(1.0)
             # A divide factor alone is a PREMUL_SUM reduction, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _fill(module: nn.Module, prefix: str, read: Read) -> None:
+    """Put real tensors in the place of those parameters that are still on the meta device."""
+    missing = {name: read(prefix + name) for name, parameter in module.named_parameters() if parameter.is_meta}
+    module.load_state_dict(missing, strict=False, assign=True)
+    if isinstance(module, Model):
+        module.tie_weights()
+
+
+def announce_backward(model: nn.Module, *, is_last: bool, is_deferred: bool) -> None:
+    """Tell the sharded model what its next backward pass leaves to a later one of the same step.
+
+    The sum over copies always waits for the last one; with `is_deferred` so does the sum within a copy.
+    """
+    assert isinstance(model, FSDPModule), "shard the model first"
+    model.set_is_last_backward(is_last)
+    if is_deferred:
+        model.set_requires_gradient_sync(is_last)
+    else:
+        model.set_requires_all_reduce(is_last)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,45 @@
+"""The model of a run, before its first step: an empty shape, its blocks prepared, then filled and sharded."""
+
+from __future__ import annotations
+
+import torch
+
+from powerhouse.device import to_dtype
+from powerhouse.models.hub import open_checkpoint
+from powerhouse.models.model import Model
+from powerhouse.training.blocks import compile_blocks, recompute_blocks
+from powerhouse.training.config import TrainingConfig
+from powerhouse.training.methods import method_of
+from powerhouse.training.sharding import Read, make_mesh, shard
+
+
+def empty_model(config: TrainingConfig) -> Model:
+    """The shape alone, on the meta device."""
+    with torch.device("meta"):
+        return method_of(config.shape).model_class(config.shape)
+
+
+def weights_of(config: TrainingConfig, model: Model) -> Read:
+    """Where the first weights come from: the directory to start from, or the seed."""
+    if config.start_from:
+        checkpoint = open_checkpoint(config.start_from)
+        names = checkpoint.names()
+        return lambda name: checkpoint.weights.read(names[name], torch.float32)
+    return lambda name: model.fresh_parameter(name, config.seed)
+
+
+def build_model(config: TrainingConfig, device: torch.device) -> Model:
+    """This rank's slices of the model, float32, ready to train; the same weights for any number of ranks. A collective."""
+    model, run = empty_model(config).train(), config.run
+    read = weights_of(config, model)
+    if run.recompute != "none":
+        recompute_blocks(model, run.recompute)
+    if run.compiles_blocks:
+        compile_blocks(model)
+    shard(model, read, make_mesh(device, run.workers_per_copy), compute_dtype(config))
+    return model
+
+
+def compute_dtype(config: TrainingConfig) -> torch.dtype:
+    assert config.precision != "auto", "train_model decides which it is"
+    return to_dtype(config.precision)
