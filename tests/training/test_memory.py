@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from distributed import run_on_ranks
 from fakes import tiny_config
+from powerhouse.training.build import build_model
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.loop import train_step
 from powerhouse.training.memory import Memory, plan_memory
 from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
-from powerhouse.training.sharding import blocks_of, shard
+from powerhouse.training.sharding import blocks_of
 from tiny_run import make_config, sharded_model
 
 NUM_POSITIONS = 192
@@ -28,7 +29,7 @@ def wide_config(folder: Path, precision: str, *, recomputes_blocks: bool) -> Tra
     shape = tiny_config(
         vocab_size=2000, hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32, max_position_embeddings=256
     )
-    run = {"micro_batch_rows": 4, "cpus_per_worker": 1, "recomputes_blocks": recomputes_blocks}
+    run = {"micro_batch_rows": 4, "cpus_per_worker": 1, "recompute": "full" if recomputes_blocks else "none"}
     return make_config(folder, model=shape.model_dump(), precision=precision, global_batch_rows=8, run=run)
 
 
@@ -47,7 +48,7 @@ def planned(config: TrainingConfig, num_workers: int) -> Memory:
         ids(config.run.micro_batch_rows, "meta"),
         num_workers=num_workers,
         dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision],
-        recomputes_blocks=config.run.recomputes_blocks,
+        recomputes_blocks=config.run.recompute == "full",
     )
 
 
@@ -57,7 +58,7 @@ def allocate(config: TrainingConfig, folder: Path) -> int:
         model, optimizer = sharded_model(config)
         batch = ids(config.global_batch_rows // dist.get_world_size(), "cpu")
         for _ in range(2):
-            train_step(model, optimizer, method_of(config.shape).objective, batch, config.run.micro_batch_rows, config.optim)
+            train_step(model, optimizer, method_of(config.shape).objective, batch, config.run, config.optim)
     path = folder / f"trace-{dist.get_rank()}.json"
     profiled.export_chrome_trace(str(path))
     events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
@@ -85,12 +86,10 @@ def test_a_gpu_allocates_what_was_foretold_and_no_more(tmp_path: Path) -> None:
     try:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model = method.model_class(config.shape)
-        model.initialise(config.seed)
-        shard(model, device, torch.bfloat16)
+        model = build_model(config, device)
         optimizer = make_optimizer(model, config.optim)
         for _ in range(2):
-            train_step(model, optimizer, method.objective, ids(8, "cuda"), config.run.micro_batch_rows, config.optim)
+            train_step(model, optimizer, method.objective, ids(8, "cuda"), config.run, config.optim)
         measured = torch.cuda.max_memory_allocated() - before
     finally:
         dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -104,10 +104,12 @@ def make_plan(config: PlanConfig, row_length: int) -> Plan:
         blocks_of(model),
         method.objective,
         batch,
-        num_workers=config.run.num_workers,
+        num_workers=config.run.workers_per_copy or config.run.num_workers,
         dtype=dtype,
-        recomputes_blocks=config.run.recomputes_blocks,
+        recomputes_blocks=config.run.recompute == "full",  # selective: as if nothing were computed again, an upper bound
     )
+    if config.run.accumulate == "deferred":
+        memory = replace(memory, gradients=trained * torch.float32.itemsize)
     return Plan(parameters, trained, flops, method.num_positions(row_length), memory, room, where, peak)
 
 
@@ -158,9 +160,9 @@ def _does_not_fit(config: PlanConfig, plan: Plan) -> ConfigError:
 def _changes(config: PlanConfig, plan: Plan) -> Iterator[tuple[str, int]]:
     """Settings that take less memory, the mildest first, with the bytes that a worker needs then."""
     row_length = plan.num_positions + method_of(config.shape).predicts_next
-    least: dict[str, Any] = {"micro_batch_rows": 1, "recomputes_blocks": True}
+    least: dict[str, Any] = {"micro_batch_rows": 1, "recompute": "full"}
     memory = plan.memory
-    for change in ({"micro_batch_rows": 1}, {"recomputes_blocks": True}, least):
+    for change in ({"micro_batch_rows": 1}, {"recompute": "full"}, least):
         changed = config.model_copy(update={"run": config.run.model_copy(update=change)})
         memory = make_plan(changed, row_length).memory
         yield _as_overrides(change), memory.total
