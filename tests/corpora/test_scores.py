@@ -42,7 +42,7 @@ def repeated_chars(words: list[str], length: int) -> int:
     return total
 
 
-@given(st.lists(st.sampled_from(["a", "bb", "ccc", "dddd", "e", "ff"]), max_size=80))
+@given(st.lists(st.sampled_from(["a", "bb", "ccc", "dddd", "e", "ff"]), max_size=80) | st.text("ab", max_size=150).map(list))
 def test_fast_ngram_counts_equal_the_plain_ones(words: list[str]) -> None:
     alphabet = sorted(set(words))
     numbers = np.array([alphabet.index(word) for word in words], dtype=np.int64)

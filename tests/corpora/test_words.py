@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from powerhouse.corpora import words as facts
 from powerhouse.corpora.words import Words, split_chunk
@@ -43,10 +45,48 @@ def test_a_run_of_non_spaces_is_split_as_spacy_does(chunk: str) -> None:
     assert split_chunk(chunk) == SPLITS[chunk]
 
 
+def plain_whole(text: str) -> list[str]:
+    if len(text) > 11 or not text:
+        return []
+    if text in facts._ABBREVIATIONS | facts._EMOTICONS or facts.re.fullmatch(r"[a-zäöü]\.", text):
+        return [text]
+    if text not in ("ID", "IM") and text.lower() not in facts._UNCONTRACTED and facts._CONTRACTION.fullmatch(text):
+        return facts._cut(text, [match.start() for match in facts._CONTRACTED.finditer(text)])
+    return []
+
+
+def plain_split(text: str) -> list[str]:
+    """Peel one mark from each side until a rule of its own or nothing is left: no short cut for any kind of text."""
+    if whole := plain_whole(text):
+        return whole
+    prefix, suffix = facts._PREFIX.match(text), facts._SUFFIX.search(text)
+    if prefix:
+        rest = text[prefix.end() :]
+        if not suffix or plain_whole(rest) or len(suffix.group()) > len(rest):
+            return [prefix.group(), *(plain_split(rest) if rest else [])]
+        core = rest[: len(rest) - len(suffix.group())]
+        return [prefix.group(), *(plain_split(core) if core else []), suffix.group()]
+    if suffix:
+        core = text[: len(text) - len(suffix.group())]
+        return [*(plain_split(core) if core else []), suffix.group()]
+    if "." in text and facts._URL_WITH_USER.fullmatch(text):
+        return [text]
+    return facts._cut(text, [place for found in facts._INFIX.finditer(text) if found.start() for place in found.span()])
+
+
+PARTS = """a the don't can't we'd gonna 's 'S Mr. U.S e.g. x. ID 12 km kg% 1+ °C. :) . .. ... … , ( ) [ ] - -- — ~ / : = + $ é
+    ſ ℃ © w.org @ http://"""
+
+
+@given(st.lists(st.sampled_from(PARTS.split()), min_size=1, max_size=6).map("".join) | st.text("aB1.,'-:/@x(_)…", min_size=1))
+def test_the_short_cuts_of_splitting_change_nothing(chunk: str) -> None:
+    assert split_chunk(chunk) == plain_split(chunk)
+
+
 def test_equal_words_have_one_number_and_facts_of_their_own() -> None:
     numbers, lengths, found = Words().encode(["the", "end,", "the", "..."])
 
-    assert (numbers.tolist(), lengths) == ([0, 1, 2, 0, 3], [1, 2, 1, 1])
+    assert (numbers.tolist(), lengths.tolist()) == ([0, 1, 2, 0, 3], [1, 2, 1, 1])
     assert [fact >> facts.LENGTH_SHIFT for fact in found.tolist()] == [3, 3, 1, 3, 3]
     assert [bool(fact & facts.IS_WORD) for fact in found.tolist()] == [True, True, False, True, False]
     assert [bool(fact & facts.FIRST_STOP_WORD) for fact in found.tolist()] == [True, False, False, True, False]

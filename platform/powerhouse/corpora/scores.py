@@ -11,7 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,6 @@ _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 _POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _ELLIPSES = ("...", "…")
 _LINE_ENDS = frozenset(".?!。！？｡．؟۔।॥։።፧፨។៕᠃᠉⁇⁈⁉⸮꘎꘏︒﹒﹖﹗\u061e\u06d4\u0700\u0701\u0702\u104a\u104b\u1362\u1367\u1368")
-_TRUE, _ZERO = np.ones(1, dtype=bool), np.zeros(1, dtype=np.int64)
 _MIX = np.int64(-7046029254386353131)
 
 _NGRAM_SCORES = (
@@ -89,7 +89,7 @@ class SplitText:
     """Runs of non-spaces of each line."""
     numbers: Numbers
     """Of each word."""
-    chunk_lengths: list[int]
+    chunk_lengths: Numbers
     """Words of each run of non-spaces."""
     facts: npt.NDArray[np.int32]
     """Of each word."""
@@ -102,10 +102,16 @@ class SplitText:
         return cls(text, lines, list(map(len, chunks)), numbers, lengths, facts)
 
     @cached_property
-    def line_ends(self) -> list[int]:
+    def line_ends(self) -> Numbers:
         """Number of words up to the start of the first line, 0, and up to the end of each."""
-        ends = list(accumulate(self.chunk_lengths, initial=0))
-        return [ends[place] for place in accumulate(self.num_chunks, initial=0)]
+        return _sum_up(self.chunk_lengths)[_sum_up(np.array(self.num_chunks, dtype=np.int64))]
+
+
+def _sum_up(values: npt.NDArray[np.signedinteger[Any]]) -> Numbers:
+    """Give 0, the first value, the first and the second together, and so on."""
+    sums = np.zeros(len(values) + 1, dtype=np.int64)
+    np.cumsum(values, out=sums[1:])
+    return sums
 
 
 def gopher_quality(split: SplitText) -> dict[str, float]:
@@ -159,20 +165,23 @@ def ngram_chars(numbers: Numbers, lengths: npt.NDArray[np.int32]) -> dict[str, i
     N-grams are compared by a hash of 64 bits, less those that number the words of the text. One that occurs once is the start
     of none that occurs twice, so ever fewer places are looked at.
     """
-    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    ends = _sum_up(lengths)
     out = dict.fromkeys(_NGRAM_SCORES, 0)
     places, hashes = np.arange(len(numbers)), numbers
     for length in range(2, min(len(numbers), REPEATED_NGRAMS[-1]) + 1):
-        is_inside = places <= len(numbers) - length
-        places = places[is_inside]
-        hashes = _mix(hashes[is_inside], numbers[places + length - 1])
-        places, hashes, top, num_top = _keep_repeated(places, hashes)
+        num_inside = int(places.searchsorted(len(numbers) - length, side="right"))
+        places = places[:num_inside]
+        hashes = _mix(hashes[:num_inside], numbers[places + (length - 1)])
+        members, counts = _find_repeated(hashes)
         if length in TOP_NGRAMS:
+            top, num_top = _find_top(places[members], counts) if len(members) else (0, 1)
             out[f"top_{length}gram_char_share"] = int(ends[top + length] - ends[top] + length - 1) * num_top
-        elif len(places):
-            out[f"repeated_{length}gram_char_share"] = _repeated_chars(places, hashes, ends, length)
-        elif length > TOP_NGRAMS[-1]:
+        elif len(members):
+            out[f"repeated_{length}gram_char_share"] = _repeated_chars(places[members], counts, ends, length)
+        else:
             break
+        members.sort()
+        places, hashes = places[members], hashes[members]
     return out
 
 
@@ -182,44 +191,50 @@ def _mix(hashes: Numbers, numbers: Numbers) -> Numbers:
     return mixed
 
 
-def _keep_repeated(places: Numbers, hashes: Numbers) -> tuple[Numbers, Numbers, int, int]:
-    """Give the places and hashes of those that occur twice or more, and place and number of the most frequent.
-
-    Of those equally frequent the first in the text counts: where each occurs once, the text's first.
-    """
+def _find_repeated(hashes: Numbers) -> tuple[Numbers, Numbers]:
+    """Give the places of the hashes that occur twice or more, one group of equal ones behind the other, and their sizes."""
     num_bits = len(hashes).bit_length()
-    is_place = (1 << num_bits) - 1
     # One array of hash and place in one number: it sorts faster than an order can be found.
-    keys = np.sort((hashes << num_bits) | np.arange(len(hashes)))
+    keys = (hashes << num_bits) | np.arange(len(hashes))
+    keys.sort()
     values = keys >> num_bits
-    is_same = values[1:] == values[:-1]
-    if not is_same.any():
-        return places[:0], hashes[:0], 0, 1
-    is_repeated = np.zeros(len(keys), dtype=bool)
-    is_repeated[1:] = is_same
-    is_repeated[:-1] |= is_same
-    ends = np.flatnonzero(np.concatenate([~is_same, _TRUE]))
-    starts = np.concatenate([_ZERO, ends[:-1] + 1])
-    counts = ends - starts + 1
-    num_top = int(counts.max())
-    first_top = int((keys[starts[counts == num_top]] & is_place).min())
-    kept = np.sort(keys[is_repeated] & is_place)
-    return places[kept], hashes[kept], int(places[first_top]), num_top
+    is_same = np.zeros(len(keys) + 1, dtype=bool)
+    np.equal(values[1:], values[:-1], out=is_same[1:-1])
+    first = np.flatnonzero(is_same[1:] > is_same[:-1])
+    last = np.flatnonzero(is_same[1:] < is_same[:-1])
+    members = keys[is_same[1:] | is_same[:-1]] & ((1 << num_bits) - 1)
+    return members, last - first + 1
 
 
-def _repeated_chars(places: Numbers, hashes: Numbers, ends: Numbers, length: int) -> int:
-    """Walk over the text; behind an n-gram that came before, go on after its last word."""
-    chars = (ends[places + length] - ends[places]).tolist()
-    seen: set[int] = set()
+def _find_top(places: Numbers, counts: Numbers) -> tuple[int, int]:
+    """Give place and number of the most frequent of these groups; of those equally frequent, of the first in the text."""
+    num_top = counts.max()
+    return int(places[(np.cumsum(counts) - counts)[counts == num_top]].min()), int(num_top)
+
+
+def _repeated_chars(places: Numbers, counts: Numbers, ends: Numbers, length: int) -> int:
+    """Walk over the text; behind an n-gram that came before, go on after its last word, so that what begins inside is not met.
+
+    The n-grams come in groups of equal ones. The first of a group came before the others unless it is not met.
+    """
+    firsts = np.repeat(places[np.cumsum(counts) - counts], counts)
+    is_later = firsts != places
+    later = (places[is_later] << 32) | firsts[is_later]
+    later.sort()
+    places = later >> 32
+    chars = ends[places + length] - ends[places]
+    is_unmet, inside = bytearray(len(ends)), b"\1" * (length - 1)
+    met_later: set[int] = set()
     num_chars = first_free = 0
-    for place, value, num in zip(places.tolist(), hashes.tolist(), chars, strict=True):
+    for place, first, num in zip(places.tolist(), (later & 0xFFFFFFFF).tolist(), chars.tolist(), strict=True):
         if place < first_free:
             continue
-        if value in seen:
-            num_chars += num
-            first_free = place + length
-        else:
-            seen.add(value)
+        if is_unmet[first] and first not in met_later:
+            met_later.add(first)
+            continue
+        num_chars += num
+        first_free = place + length
+        is_unmet[place + 1 : first_free] = inside
     return num_chars
 
 
@@ -280,7 +295,7 @@ def fineweb(split: SplitText, kept: KeptLines) -> dict[str, float]:
     lines = [line for line in kept.lines if line.strip()] if kept.has_citations else kept.lines
     num_lines = max(1, len(lines))
     ends = split.line_ends
-    num_words = sum(ends[place + 1] - ends[place] for place in kept.places)
+    num_words = int((ends[1:] - ends[:-1])[kept.places].sum())
     return {
         "line_end_share": sum(line[-1] in _LINE_ENDS for line in lines) / num_lines,
         "short_line_share": sum(len(line) <= SHORT_LINE_CHARS for line in lines) / num_lines,

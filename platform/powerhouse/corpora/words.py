@@ -45,10 +45,10 @@ _INFIX = re.compile(
     rf"\.\.+|…|[{_ICON}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{_LOWER}{_QUOTES}])\.(?=[{_UPPER}{_QUOTES}])"
     rf"|(?<={_ALPHA}),(?={_ALPHA})|(?<=[^\W_])(?:{_HYPHENS})(?={_ALPHA})|(?<=[^\W_])[:<>=/](?={_ALPHA})"
 )
-_URL = re.compile(
-    r"(?:(?:[a-z][\w.+-]*)://|mailto:)?(?:\S+(?::\S*)?@)?(?:\d{1,3}(?:\.\d{1,3}){3}|(?:[^\W_](?:[\w-]*[^\W_])?\.)+[a-z]{2,63})"
-    r"(?::\d{2,5})?(?:[/?#]\S*)?"
-)
+_CAN_BE_INFIX = re.compile(rf"[.…+*^,~:<>=/–—{_ICON}-]")
+_SCHEME, _USER = r"(?:(?:[a-z][\w.+-]*)://|mailto:)?", r"(?:\S+(?::\S*)?@)?"
+_HOST = r"(?:\d{1,3}(?:\.\d{1,3}){3}|(?:[^\W_](?:[\w-]*[^\W_])?\.)+[a-z]{2,63})(?::\d{2,5})?(?:[/?#]\S*)?"
+_URL, _URL_WITH_USER = re.compile(_SCHEME + _HOST), re.compile(_SCHEME + _USER + _HOST)
 
 
 def _set(words: str) -> frozenset[str]:
@@ -79,8 +79,11 @@ _ABBREVIATIONS = _set("""
     Ill. Ind. Kan. Kans. Ky. La. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. Nev. Okla. Ore. Pa. S.C.
     Tenn. Va. Wash. Wis.
 """)
-_ONE_LETTER = re.compile(r"[a-zäöü]\.")
+_UNSPLIT = _ABBREVIATIONS | _EMOTICONS
+_ABBREVIATED_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzäöü")
 _MAX_SPECIAL_CHARS = 11  # mightn't've
+_MAX_SUFFIX_CHARS = 4  # mbar; but any number of dots
+_CONTRACTION_ENDS = frozenset("tedsmlaTEDSMLAſ")
 _SENTENCE_ENDS = frozenset("!.?։؟۔܀܁܂‼‽⁇⁈⁉⸮﹖﹗！．？｡。")
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -95,39 +98,47 @@ Numbers = npt.NDArray[np.int64]
 
 def split_chunk(chunk: str) -> list[str]:
     """Split one run of non-spaces into words."""
-    if len(chunk) > _MAX_SPECIAL_CHARS and chunk.isalpha():
-        return [chunk]
+    if chunk.isalpha() and (chunk.isascii() or len(chunk) > _MAX_SPECIAL_CHARS):
+        return _whole(chunk) or [chunk]
     left, right, text = [], [], chunk
-    while text and not _whole(text):
-        prefix, suffix = _PREFIX.match(text), _SUFFIX.search(text)
+    while text and not (whole := _whole(text)):
+        prefix, suffix = _PREFIX.match(text), _find_suffix(text)
         if not (prefix or suffix):
             break
         if prefix:
             left.append(prefix.group())
             text = text[prefix.end() :]
-            if _whole(text):
+            if whole := _whole(text):
                 break
         if suffix and len(suffix.group()) <= len(text):
             right.append(suffix.group())
             text = text[: len(text) - len(suffix.group())]
     if text:
-        left += _whole(text) or ([text] if "." in text and _URL.fullmatch(text) else _split_infixes(text))
+        left += whole or ([text] if _is_url(text) else _split_infixes(text))
     return left + right[::-1]
+
+
+def _find_suffix(text: str) -> re.Match[str] | None:
+    return _SUFFIX.search(text, 0 if text.endswith("..") else max(0, len(text) - _MAX_SUFFIX_CHARS))
 
 
 def _whole(text: str) -> list[str]:
     """Give the words of a text that has rules of its own; none for any other."""
     if len(text) > _MAX_SPECIAL_CHARS:
         return []
-    if text in _ABBREVIATIONS or text in _EMOTICONS or _ONE_LETTER.fullmatch(text):
+    if text in _UNSPLIT or (len(text) == 2 and text[1] == "." and text[0] in _ABBREVIATED_LETTERS):
         return [text]
-    if text not in ("ID", "IM") and text.lower() not in _UNCONTRACTED and _CONTRACTION.fullmatch(text):
-        return _cut(text, [match.start() for match in _CONTRACTED.finditer(text)])
-    return []
+    if not text or text[-1] not in _CONTRACTION_ENDS or text in ("ID", "IM") or text.lower() in _UNCONTRACTED:
+        return []
+    return _cut(text, [match.start() for match in _CONTRACTED.finditer(text)]) if _CONTRACTION.fullmatch(text) else []
+
+
+def _is_url(text: str) -> bool:
+    return "." in text and (_URL_WITH_USER if "@" in text else _URL).fullmatch(text) is not None
 
 
 def _split_infixes(text: str) -> list[str]:
-    if text.isalnum():
+    if text.isalnum() or not _CAN_BE_INFIX.search(text):
         return [text]
     found = [match for match in _INFIX.finditer(text) if match.start()]
     return _cut(text, [place for match in found for place in match.span()])
@@ -142,46 +153,55 @@ class Words:
     """Numbers for words, with what the rules ask of each. One worker has one; it forgets all before it grows too large."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self._facts = np.zeros(2**16, dtype=np.int32)
-        self._chunks = _Chunks(self)
+        self._numbers = _Numbers()
+        self._chunks = _Chunks(self._numbers)
 
-    def encode(self, chunks: Sequence[str]) -> tuple[Numbers, list[int], npt.NDArray[np.int32]]:
+    def encode(self, chunks: Sequence[str]) -> tuple[Numbers, Numbers, npt.NDArray[np.int32]]:
         """Give the number of each word of these runs of non-spaces, how many words each run has, and the facts of each word."""
         if len(self._chunks) > _MAX_KNOWN_CHUNKS:
             self._chunks.clear()
             self._numbers.clear()
         pieces = list(map(self._chunks.__getitem__, chunks))
         numbers = np.frombuffer(b"".join(pieces), dtype=np.int64)
-        return numbers, [len(piece) // 8 for piece in pieces], self._facts[numbers]
+        lengths = np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces))
+        return numbers, lengths // numbers.itemsize, self._numbers.facts[numbers]
 
-    def number(self, word: str) -> int:
-        if word not in self._numbers:
-            self._numbers[word] = number = len(self._numbers)
-            if number == len(self._facts):
-                self._facts = np.concatenate([self._facts, np.zeros_like(self._facts)])
-            self._facts[number] = _facts(word)
-        return self._numbers[word]
+
+class _Numbers(dict[str, int]):
+    """A number for each word met so far, in the order in which they were met, and the facts of each."""
+
+    def __init__(self) -> None:
+        self.facts = np.zeros(2**16, dtype=np.int32)
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = len(self)
+        if number == len(self.facts):
+            self.facts = np.concatenate([self.facts, np.zeros_like(self.facts)])
+        self.facts[number] = _facts(word)
+        return number
 
 
 class _Chunks(dict[str, bytes]):
     """The numbers of the words of each run of non-spaces met so far, as the bytes of an array, which are quick to join."""
 
-    def __init__(self, words: Words) -> None:
-        self._words = words
+    def __init__(self, numbers: _Numbers) -> None:
+        self._numbers = numbers
 
     def __missing__(self, chunk: str) -> bytes:
         if len(chunk) > MAX_CHUNK_CHARS:
-            return array("q", [self._words.number(chunk[:MAX_CHUNK_CHARS])]).tobytes()
-        self[chunk] = numbers = array("q", map(self._words.number, split_chunk(chunk))).tobytes()
+            return array("q", [self._numbers[chunk[:MAX_CHUNK_CHARS]]]).tobytes()
+        self[chunk] = numbers = array("q", map(self._numbers.__getitem__, split_chunk(chunk))).tobytes()
         return numbers
 
 
 def _facts(word: str) -> int:
-    is_mark = all(map(_is_mark, word))
-    is_symbol = is_mark or all(char in "$+<=>^`|~" or ord(char) < 32 or _is_mark(char) for char in word)
-    bits = (HAS_LETTER if any(map(str.isalpha, word)) else 0) | (0 if is_symbol else IS_WORD)
-    bits |= ENDS_SENTENCE if word in _SENTENCE_ENDS else IS_OTHER_MARK if is_mark else 0
+    if word.isalnum():
+        bits = IS_WORD | (HAS_LETTER if word.isalpha() or any(map(str.isalpha, word)) else 0)
+    else:
+        is_mark = all(map(_is_mark, word))
+        is_symbol = is_mark or all(char in "$+<=>^`|~" or ord(char) < 32 or _is_mark(char) for char in word)
+        bits = (HAS_LETTER if any(map(str.isalpha, word)) else 0) | (0 if is_symbol else IS_WORD)
+        bits |= ENDS_SENTENCE if word in _SENTENCE_ENDS else IS_OTHER_MARK if is_mark else 0
     bits |= FIRST_STOP_WORD << STOP_WORDS.index(word) if word in STOP_WORDS else 0
     return bits | len(word) << LENGTH_SHIFT
 
