@@ -1,6 +1,6 @@
 """The same real documents through Gopher's, C4's and FineWeb's rules in datatrove and here: agreement, documents a second.
 
-    python -m venv /tmp/datatrove && /tmp/datatrove/bin/pip install 'datatrove[processing]==0.10.1' 'xxhash<4'
+    python -m venv /tmp/datatrove && /tmp/datatrove/bin/pip install 'datatrove[io,processing]==0.10.1' 'xxhash<4'
     cd /tmp && apt-get download rust-doc openjdk-17-doc linux-doc-6.1 postgresql-doc-15 python3.11-doc git-doc
     for f in *.deb; do dpkg -x $f pages; done          # web pages; any folder of HTML will do
     python benchmarks/corpora_vs_datatrove.py --peer /tmp/datatrove/bin/python --texts runs/demo/texts --pages pages
@@ -8,21 +8,24 @@
 Each side runs in one process, the two turn and turn about on pieces of the same documents, so that whatever else the machine
 does meets both alike; time is the process' CPU time. datatrove stops at the first rule that fails a document; here every
 score is computed for each. Its order of rules is FineWeb's: Gopher repetition and quality, C4 (no rule on line ends), FineWeb.
+Of each document on which the two disagree, the words that one counts otherwise than the other are told.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -50,38 +53,50 @@ SAME = {
 def main() -> None:
     arguments = parse_arguments()
     if arguments.serve:
-        serve(theirs() if arguments.serve == "datatrove" else ours())
+        serve(*(theirs() if arguments.serve == "datatrove" else ours()))
         return
-    sys.path.insert(0, str(ROOT / "platform"))
     texts = read_texts(arguments.texts, arguments.pages, arguments.num_documents)
     sides = {"datatrove": start(arguments.peer, "datatrove"), "powerhouse": start(sys.executable, "powerhouse")}
     results = {name: Result() for name in sides}
     for piece in range(_PIECES):
         for name, process in sides.items():
-            results[name].add(*ask(process, texts[piece::_PIECES]))
+            results[name].add(ask(process, {"texts": texts[piece::_PIECES]}))
         print(f"{piece + 1} of {_PIECES} pieces", flush=True)
+    ordered = [text for piece in range(_PIECES) for text in texts[piece::_PIECES]]
+    report = compare(results, ordered)
+    reasons = zip(results["datatrove"].reasons, results["powerhouse"].reasons, strict=True)
+    differing = [text for text, (one, two) in zip(ordered, reasons, strict=True) if (one is None) != (two is None)]
+    words = {name: ask(process, {"texts": differing, "wants_words": True})["words"] for name, process in sides.items()}
+    report["disagreements_traced"] = trace(words["datatrove"], words["powerhouse"])
     for process in sides.values():
         process.stdin.close()
         process.wait()
-    report = compare(results, texts)
     print(json.dumps(report, indent=1))
+    print_table(f"rules, {len(texts)} documents", report["speeds"])
+    for difference, count in report["disagreements_traced"].items():
+        print(f"{count:3d} documents: {difference}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", default=sys.executable, help="Python with datatrove")
-    parser.add_argument("--texts", type=Path, default=Path("runs/demo/texts"), help="what jobs/fetch_texts.py wrote")
-    parser.add_argument("--pages", type=Path, action="append", default=[], help="a folder of HTML pages; may be repeated")
-    parser.add_argument("--num-documents", type=int, default=20_000, help="how many documents, drawn by a seed")
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "corpora_vs_datatrove.json")
     parser.add_argument("--serve", choices=["datatrove", "powerhouse"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peer", default=sys.executable, help="Python with datatrove")
+    parser.add_argument("--texts", type=Path, default=Path("runs/demo/texts"), help="what jobs/fetch_texts.py wrote")
+    parser.add_argument("--pages", type=Path, action="append", default=[], help="a folder of HTML pages; may be repeated")
+    parser.add_argument("--num-documents", type=int, default=20_000, help="how many documents, drawn by a seed")
+
+
 def read_texts(folder: Path, pages: list[Path], num_documents: int) -> list[str]:
     """Extract the documents: books and Wikipedia whole, of the web pages as many as are needed to fill up."""
+    sys.path.insert(0, str(ROOT / "platform"))
     from powerhouse.corpora.extract import extract
     from powerhouse.corpora.readers import ReadOptions, read_documents
     from powerhouse.errors import InputError
@@ -106,37 +121,81 @@ def read_texts(folder: Path, pages: list[Path], num_documents: int) -> list[str]
     return texts[:num_documents]
 
 
+def one_thread() -> dict[str, str]:
+    """Give the environment of a side: one thread, and our package."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+    return os.environ | threads | {"PYTHONPATH": str(ROOT / "platform")}
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def peak_rss_mib() -> float:
+    """Highest resident memory of this process since its program started: rusage would count its parent's, too."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None, "only Linux tells it"
+    return int(found[1]) / 1024
+
+
 def start(python: str, name: str) -> subprocess.Popen[str]:
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
     command = [python, __file__, "--serve", name]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=os.environ | one_thread)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=one_thread())
 
 
-def ask(process: subprocess.Popen[str], texts: list[str]) -> tuple[list[str | None], float]:
+def ask(process: subprocess.Popen[str], question: dict[str, Any]) -> dict[str, Any]:
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(json.dumps(texts) + "\n")
+    process.stdin.write(json.dumps(question) + "\n")
     process.stdin.flush()
-    answer = json.loads(process.stdout.readline())
-    return answer["reasons"], answer["cpu_seconds"]
+    answer: dict[str, Any] = json.loads(process.stdout.readline())
+    return answer
 
 
-def serve(judge: Callable[[str], str | None]) -> None:
-    """Answer each line, a list of texts, with the reason for each and the CPU seconds."""
+Counted = list[tuple[str, bool]]
+"""The words of a text, and whether each counts as one: a mark does not."""
+
+
+def serve(judge: Callable[[str], str | None], count_words: Callable[[str], Counted]) -> None:
+    """Answer each line with the reason for each of its texts, CPU seconds and peak memory; or with the texts' words."""
     answers, sys.stdout = sys.stdout, sys.stderr
     judge("A first text, so that nothing is loaded later. " * 20)
     for line in sys.stdin:
-        texts = json.loads(line)
+        question = json.loads(line)
         begin = time.process_time()
-        reasons = [judge(text) for text in texts]
-        answers.write(json.dumps({"reasons": reasons, "cpu_seconds": time.process_time() - begin}) + "\n")
+        if "wants_words" in question:
+            answer: dict[str, Any] = {"words": list(map(count_words, question["texts"]))}
+        else:
+            answer = {"reasons": list(map(judge, question["texts"])), "cpu_seconds": time.process_time() - begin}
+            answer["peak_rss_mib"] = peak_rss_mib()
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def theirs() -> Callable[[str], str | None]:
+def trace(theirs: list[Counted], ours: list[Counted]) -> dict[str, int]:
+    """Count the documents by the words in which the two differ, most frequent first."""
+    return dict(Counter(_differences(*pair) for pair in zip(theirs, ours, strict=True)).most_common())
+
+
+def _differences(theirs: Counted, ours: Counted) -> str:
+    """Name each word that is split, or counted, in two ways."""
+    one, two = ([word for word, _ in side] for side in (theirs, ours))
+    found: dict[str, None] = {}
+    for tag, first, last, start, end in difflib.SequenceMatcher(None, one, two, autojunk=False).get_opcodes():
+        if tag != "equal":
+            found[f"there {' '.join(one[first:last])!r} is {last - first} words, here {end - start}"] = None
+        for (word, is_counted), (_, is_counted_here) in zip(theirs[first:last], ours[start:end], strict=False):
+            if tag == "equal" and is_counted != is_counted_here:
+                found[f"{word!r} is {'a word' if is_counted else 'a mark'} there and not here"] = None
+    return "; ".join(found) or "no word differs"
+
+
+def theirs() -> tuple[Callable[[str], str | None], Callable[[str], Counted]]:
     from datatrove.data import Document
     from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.utils.text import PUNCTUATION_SET
+    from datatrove.utils.word_tokenizers import load_word_tokenizer
 
     filters = [
         GopherRepetitionFilter(),
@@ -150,14 +209,17 @@ def theirs() -> Callable[[str], str | None]:
         found = (filter_.filter(document) for filter_ in filters)
         return next((reason[1] for reason in found if reason is not True), None)
 
-    return judge
+    def count_words(text: str) -> Counted:
+        words = load_word_tokenizer("eng").word_tokenize(text)
+        return [(word, any(char not in PUNCTUATION_SET for char in word)) for word in words]
+
+    return judge, count_words
 
 
-def ours() -> Callable[[str], str | None]:
-    sys.path.insert(0, str(ROOT / "platform"))
+def ours() -> tuple[Callable[[str], str | None], Callable[[str], Counted]]:
     from powerhouse.corpora.filters import RULES, QualityConfig
     from powerhouse.corpora.scores import SCORES, score
-    from powerhouse.corpora.words import Words
+    from powerhouse.corpora.words import IS_WORD, MAX_CHUNK_CHARS, Words, split_chunk
 
     words, limits = Words(), QualityConfig()
     rules = [(rule, getattr(limits, rule.limit)) for rule in RULES if rule.score in SCORES]
@@ -171,7 +233,13 @@ def ours() -> Callable[[str], str | None]:
         )
         return next(out, None)
 
-    return judge
+    def count_words(text: str) -> Counted:
+        chunks = text.split()
+        split = [word for chunk in chunks for word in (split_chunk(chunk) if len(chunk) <= MAX_CHUNK_CHARS else [chunk])]
+        facts = words.encode(chunks)[2]
+        return [(word, bool(fact & IS_WORD)) for word, fact in zip(split, facts.tolist(), strict=True)]
+
+    return judge, count_words
 
 
 class Result:
@@ -180,10 +248,12 @@ class Result:
     def __init__(self) -> None:
         self.pieces: list[list[str | None]] = []
         self.seconds: list[float] = []
+        self.peak_rss_mib = 0.0
 
-    def add(self, reasons: list[str | None], seconds: float) -> None:
-        self.pieces.append(reasons)
-        self.seconds.append(seconds)
+    def add(self, answer: dict[str, Any]) -> None:
+        self.pieces.append(answer["reasons"])
+        self.seconds.append(answer["cpu_seconds"])
+        self.peak_rss_mib = answer["peak_rss_mib"]
 
     @property
     def reasons(self) -> list[str | None]:
@@ -200,13 +270,14 @@ def compare(results: dict[str, Result], texts: list[str]) -> dict[str, Any]:
             "cpu_seconds": round(sum(result.seconds), 2),
             "documents_per_second_per_core": round(len(texts) / sum(result.seconds), 1),
             "mb_per_second_per_core": round(num_chars / 1e6 / sum(result.seconds), 3),
+            "peak_rss_mib": round(result.peak_rss_mib),
         }
         for name, result in results.items()
     }
     ratios = [theirs / ours for theirs, ours in zip(results["datatrove"].seconds, results["powerhouse"].seconds, strict=True)]
     return {
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": machine(),
         "num_documents": len(texts),
         "mean_chars": round(num_chars / len(texts)),
         "speeds": speeds,
@@ -224,6 +295,15 @@ def compare(results: dict[str, Result], texts: list[str]) -> dict[str, Any]:
 def classes(pairs: Counter[Any], is_in: Callable[[str | None, str | None], bool]) -> dict[str, int]:
     """Count the pairs of datatrove's and our reason, most frequent first."""
     return {f"{one or 'keep'} -> {two or 'keep'}": count for (one, two), count in pairs.most_common() if is_in(one, two)}
+
+
+def print_table(title: str, sides: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the numbers of both sides, a column each."""
+    print(f"\n{title:32s}" + "".join(f"{side:>14s}" for side in sides))
+    for name in next(iter(sides.values())):
+        values = [values[name] for values in sides.values()]
+        if all(isinstance(value, int | float) for value in values):
+            print(f"  {name:30s}" + "".join(f"{value:14,.6g}" for value in values))
 
 
 if __name__ == "__main__":

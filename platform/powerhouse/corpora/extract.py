@@ -27,12 +27,14 @@ _TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)|(/)>")
 _VOID = ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr")
 _OPTIONAL_END = ("p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot", "option", "colgroup")
 _ENDS_BY_ITSELF = frozenset(_VOID + _OPTIONAL_END)
-MAX_DEPTH = {"html": 1000, "wikitext": 200, "text": 1}
-"""Elements, and tables of wikitext, that may be open at once: the parsers take the square of it in time."""
+MAX_DEPTH = {"html": 1000, "wikitext": 200, "text": 0}
+"""Elements, and tables of wikitext, that may be open at once: the parsers take the square of it in time. Text is not parsed."""
 
 
 def markup_depth(markup: Markup, content: str) -> int:
-    """Give how many elements are open at once, at most; 0 where so few are opened that it does not matter."""
+    """Give how many elements are open at once, at most; 0 for text, and where so few are opened that it does not matter."""
+    if markup == "text":
+        return 0
     num_tables = content.count("{|") - content.count("|}") if markup == "wikitext" else 0
     if content.count("<") <= MAX_DEPTH[markup]:
         return max(0, num_tables)
