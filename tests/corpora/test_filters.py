@@ -3,15 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from powerhouse.config import load
+from powerhouse.corpora.classifier import Classifier
 from powerhouse.corpora.document import Draft, RawDocument
 from powerhouse.corpora.filters import RULES, Cut, QualityConfig
 from powerhouse.corpora.language import Language
 from powerhouse.corpora.scores import Score
-from powerhouse.corpora.toxicity import Toxicity
+from powerhouse.corpora.toxicity import RateSentences, Toxicity
 from powerhouse.errors import ConfigError
 
 GOOD = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness.
@@ -73,13 +75,16 @@ trees grow, how many leaves lie on wet stones, or who walks home late at night."
     "newlines_per_word": "\n".join(f"it was {name}" for name in NAMES * 2),
     "toxic_word_share": GOOD + " What the fuck is this shit, said the bastard, and so said we all." * 2,
     "worst_sentence_toxic_share": GOOD + " Fuck that shit, bastard, motherfucker.",
+    "toxic_sentence_share": GOOD + " It was shit." * 9,
     "language_score": "It was the Zeit und es war the best of die Zeiten and l'age de la sagesse o il tempo del " * 4,
     "language": """Es war die beste und die schlimmste Zeit, ein Jahrhundert der Weisheit und des Unsinns,
 eine Epoche des Glaubens und des Unglaubens, eine Periode des Lichts und der Finsternis:
 es war der Frühling der Hoffnung und der Winter der Verzweiflung. Wir hatten alles, wir hatten nichts vor uns;
 wir steuerten alle unmittelbar dem Himmel zu und wir gingen alle in die Hölle. And that was all there was to be said.""",
 }
-SCHEMA = [*Score.schema, *Language.schema, *Toxicity.schema]
+SCHEMA = [*Score.schema, *Language.schema, *Toxicity.schema, *RateSentences.schema]
+# A model of two words: with "shit" a text is toxic for certain.
+SMALL = Classifier({"was": 0, "shit": 1}, np.ones(2), np.array([[0.0], [9.0]]), *(np.array([[-3.0], [-1.0], [0.0]])))
 OFF: dict[str, Any] = {
     field: -1.0 if field.startswith("min_") else 1e9
     for field in QualityConfig.model_fields
@@ -89,7 +94,7 @@ OFF: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def steps() -> list[Any]:
-    return [Score(), Language(), Toxicity()]
+    return [Score(), Language(), Toxicity(), RateSentences(SMALL)]
 
 
 def reason_of(steps: list[Any], text: str, limits: QualityConfig, kind: str = "web") -> tuple[str | None, str | None]:
@@ -115,7 +120,7 @@ def test_good_prose_passes_every_rule(steps: list[Any]) -> None:
 
 def test_every_rule_has_a_text_made_for_it_and_looks_at_a_score_of_its_own() -> None:
     assert {rule.reason for rule in RULES} | {"language"} == set(TRIPS)
-    assert {rule.score for rule in RULES} == {name for name, _ in SCHEMA} - {"language"}
+    assert {rule.score for rule in RULES} == {name for name, _ in SCHEMA} - {"language", "worst_sentence_probability"}
     assert all(rule.limit in QualityConfig.model_fields for rule in RULES)
 
 

@@ -89,6 +89,8 @@ class QualityConfig(Config):
     """Highest share of words of the toxic lexicon (toxicity.py)."""
     max_worst_sentence_toxic_share: float = Field(default=0.5, ge=0, le=1)
     """Highest share of such words in one sentence, which counts as one of five words at least."""
+    max_toxic_sentence_share: float = Field(default=0.1, ge=0, le=1)
+    """Highest share of sentences that the lexicon and the classifier call toxic; only with `rates_sentences`."""
     languages: list[str] = Field(default=["en"], min_length=1)
     """ISO 639-1 codes of the languages to keep."""
     min_language_score: float = Field(default=0.65, ge=0, le=1)
@@ -135,7 +137,7 @@ RULES: tuple[Rule, ...] = (
     _highest("short_line_share", is_for_web=True),
     _highest("repeated_char_share", is_for_web=True),
     _highest("newlines_per_word", is_for_web=True),
-    *map(_highest, ("toxic_word_share", "worst_sentence_toxic_share")),
+    *map(_highest, ("toxic_word_share", "worst_sentence_toxic_share", "toxic_sentence_share")),
     Rule("language_score", "language_score", "min_language_score"),
 )  # fmt: skip
 """In the order in which they are asked; the first reason found is the one told."""
@@ -155,7 +157,7 @@ class Cut:
     def _removals(self, index: pa.Table) -> Iterator[Removal]:
         is_left = pc.is_null(index["reason"]).to_numpy()
         is_web = pc.is_in(index["kind"], pa.array(self._limits.web_kinds, type=pa.string())).to_numpy()
-        for rule in RULES:
+        for rule in (rule for rule in RULES if rule.score in index.column_names):
             values, limit = index[rule.score].to_numpy(), np.float32(getattr(self._limits, rule.limit))
             is_out = (values < limit) if rule.side == "min" else (values > limit)
             for row in np.flatnonzero(is_out & is_left & (is_web | (not rule.is_for_web))):

@@ -57,7 +57,7 @@ def _funnel(index: pa.Table) -> dict[str, Any]:
 def _histograms(index: pa.Table, limits: QualityConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Count the kept and the removed documents in 30 steps of every score that is not the same for all."""
     is_removed = pc.is_valid(index["reason"]).to_numpy()
-    for name in ("num_chars", *dict.fromkeys(rule.score for rule in RULES)):
+    for name in ("num_chars", *dict.fromkeys(rule.score for rule in RULES if rule.score in index.column_names)):
         values = index[name].to_numpy().astype(np.float64)
         is_known = np.isfinite(values)
         if not is_known.any():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from powerhouse.config import Config, StoragePath
 from powerhouse.corpora.bias import AuditBias, FindIdentities
@@ -20,7 +21,7 @@ from powerhouse.corpora.redact import PERSONAL_COLUMNS, Redact, read_key
 from powerhouse.corpora.repeats import HashLines, KeyUrl, RemoveLines, RemoveSameUrls
 from powerhouse.corpora.scores import Score
 from powerhouse.corpora.sources import SourceConfig
-from powerhouse.corpora.toxicity import Toxicity
+from powerhouse.corpora.toxicity import RateSentences, Toxicity
 
 
 class SharedStepsConfig(Config):
@@ -30,6 +31,8 @@ class SharedStepsConfig(Config):
     """Test items; a document that holds 13 words in a row of one is left out. List those the models will be judged by."""
     max_documents_per_line: int | None = Field(default=None, ge=1)
     """A line that stands in more documents than this is taken out of all of them; null keeps every line."""
+    rates_sentences: bool = False
+    """Whether a classifier judges each sentence with a word of the toxic lexicon; its numbers (0.8 MB) are fetched once."""
 
 
 class DocumentsConfig(SharedStepsConfig):
@@ -63,6 +66,12 @@ class CorpusStepsConfig(SharedStepsConfig):
     max_source_duplicate_share: float = Field(default=0.5, ge=0, le=1)
     """A source that loses more of its documents than this as duplicates raises an alarm, in the log and in the report."""
 
+    @model_validator(mode="after")
+    def _sentences_are_rated_where_they_are_limited(self) -> Self:
+        if "max_toxic_sentence_share" in self.quality.model_fields_set and not self.rates_sentences:
+            raise ValueError("quality.max_toxic_sentence_share together with `rates_sentences: true`, which measures it")
+        return self
+
 
 def digest_inputs(config: DocumentsConfig) -> dict[str, str]:
     """Give the hashes of the files beside the text that the result depends on.
@@ -84,6 +93,7 @@ def make_document_steps(config: DocumentsConfig) -> list[DocumentStep]:
         Score(),
         Language(),
         Toxicity(),
+        *([RateSentences()] if config.rates_sentences else []),
         FindIdentities(),
         *([Decontaminate(items)] if items else []),
         *lines,

@@ -1,24 +1,29 @@
-"""Toxicity by a lexicon: how dense its words stand in the text, and in the worst sentence of it.
+"""Toxicity by a lexicon: how dense its words stand in the text, and in the worst sentence; if asked, with a second opinion.
 
 The words are those of the package better-profanity (MIT), less every word that names a group of people: a text is not toxic for
 whom it is about, and the bias audit watches that. A lexicon sees words and no meaning: it finds obscenity, and misses
-contempt put politely.
+contempt put politely. The second opinion is a classifier's (classifier.py), on each sentence that has such a word: alone it is
+no better, and both together err on a quarter as many sentences of plays (docs/decisions/011).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 
+import numpy as np
 import pyarrow as pa
 
 from powerhouse.corpora.bias import IDENTITY_TERMS
+from powerhouse.corpora.classifier import Classifier, Floats
 from powerhouse.corpora.document import Columns, Draft
 
 _SENTENCE = re.compile(r"[^.!?\n]+")
 _WORD = re.compile(r"\w+")
 _MIN_SENTENCE_WORDS = 5
+_MIN_PROBABILITY = 0.7
 _NO_INSULTS = frozenset(
     [
         "god",
@@ -68,3 +73,25 @@ class Toxicity:
         sentences = (_WORD.findall(sentence.lower()) for sentence in _SENTENCE.findall(text))
         shares = (sum(map(self._lexicon.__contains__, words)) / max(_MIN_SENTENCE_WORDS, len(words)) for words in sentences)
         return max(shares, default=0.0)
+
+
+class RateSentences:
+    """The document step: which sentences are toxic to the lexicon and, with a probability of 0.7, to the classifier."""
+
+    schema: Columns = (("toxic_sentence_share", pa.float32()), ("worst_sentence_probability", pa.float32()))
+
+    def __init__(self, classify: Callable[[Sequence[str]], Floats] | None = None) -> None:
+        self._classify = Classifier.load() if classify is None else classify
+        self._lexicon = lexicon()
+
+    def __call__(self, draft: Draft) -> None:
+        probabilities, num_sentences = np.zeros(1), 0
+        if not self._lexicon.isdisjoint(draft.view.normalised_words):
+            sentences = [sentence for sentence in _SENTENCE.findall(draft.text) if _WORD.search(sentence)]
+            num_sentences = len(sentences)
+            suspects = [each for each in sentences if not self._lexicon.isdisjoint(_WORD.findall(each.lower()))]
+            probabilities = self._classify(suspects)
+        draft.columns |= {
+            "toxic_sentence_share": int((probabilities >= _MIN_PROBABILITY).sum()) / max(1, num_sentences),
+            "worst_sentence_probability": float(probabilities.max()),
+        }
