@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.multiprocessing as multiprocessing
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return [function(*arguments) on rank 0, on rank 1, ...]; the function must be importable, so no lambda."""
+    import_module("torch._dynamo")  # sharding imports it: here once, or for seconds in every process that is forked
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.start_processes(
             _enter, args=(num_ranks, folder, function, arguments), nprocs=num_ranks, start_method="fork"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,20 @@ from families import DECODER, ENCODER, T5_SHAPE
 from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
 from powerhouse.corpora.shards import write_shard
+from powerhouse.errors import PowerhouseError
+from powerhouse.models.hub import save_model
 from powerhouse.models.model import Model
+from powerhouse.telemetry import read_metrics
 from powerhouse.training.build import build_model
+from powerhouse.training.checkpoint import Checkpoints, StopRequest
 from powerhouse.training.config import TrainingConfig
+from powerhouse.training.data import read_batches
+from powerhouse.training.loop import train
 from powerhouse.training.methods import method_of
 from powerhouse.training.objectives import Batch
 from powerhouse.training.optim import make_optimizer
+from powerhouse.training.sharding import gather_state
+from powerhouse.training.watch import METRICS, Watch
 
 ROW_LENGTH = 17
 SHAPES: dict[str, dict[str, Any]] = {
@@ -79,3 +88,39 @@ def method_batch(config: TrainingConfig, num_rows: int = 8) -> Batch:
     here = np.arange(num_rows)[dist.get_rank() * num_here :][:num_here]
     noise = config.make_noise(tiny_tokenizer(), ROW_LENGTH)
     return method_of(config.shape).batch(rows[here], here, noise, torch.device("cpu"))
+
+
+def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any = None) -> str | None:
+    """Train on this rank, resuming where a checkpoint is; `stop_after` batches the data ends, as if the run was killed.
+
+    `events(step)` is called before each step's batch is made; it may return True to ask the run to stop.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+    asked: list[bool] = []
+    try:
+        model, optimizer = sharded_model(config)
+        with Checkpoints(config.checkpoints, "this run", config.run.keep_checkpoints, lambda: any(asked)) as checkpoints:
+            start = checkpoints.resume(model, optimizer)
+            end = config.num_steps if stop_after is None else start + stop_after
+            batches = read_batches(config, start, dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+            batches = telling(batches, range(start, end), lambda step: asked.append(bool(events and events(step))))
+            with Watch(config.output, start, config.num_steps) as watch:
+                train(model, optimizer, method_of(config.model).objective, batches, config, start, watch, checkpoints)
+    except (StopIteration, StopRequest, PowerhouseError) as error:
+        return f"{type(error).__name__}: {error}"
+    state = gather_state(model)
+    if dist.get_rank() == 0:
+        save_model(config.output, config.model, state)
+    return None
+
+
+def telling(batches: Iterator[Batch], steps: range, tell: Callable[[int], None]) -> Iterator[Batch]:
+    for step in steps:
+        tell(step)
+        yield next(batches)
+
+
+def losses(config: TrainingConfig) -> list[float]:
+    rows = read_metrics(config.output / METRICS)
+    assert [row["step"] for row in rows] == list(range(config.num_steps))
+    return [row["loss"] for row in rows]

@@ -22,6 +22,10 @@ REPOSITORY = Path(__file__).parents[2]
             {"run": {"num_workers": 4, "workers_per_copy": 3}},
             r"run\.workers_per_copy: .*\n  got: 3 with .*=4\n  allowed: 1, 2, 4$",
         ),
+        (
+            {"run": {"checkpoints": "gopher://host/a"}},
+            r"run\.checkpoints: .*\n  got: gopher://host/a .*\n  allowed: a path, s3://",
+        ),
         ({"run": {"micro_batch_rows": 3}}, r"run\.micro_batch_rows: .*\n  got: 3 with .*\n  allowed: 1, 2, 4, 8$"),
         ({"model": tiny_config(vocab_size=299).model_dump()}, r"model\.vocab_size: .*\n  got: 299\n  allowed: 300 or more"),
         (

@@ -92,7 +92,7 @@ def test_a_run_leaves_a_finished_model_artifact_and_is_skipped_the_second_time(u
     assert len(losses(uninterrupted.path)) == NUM_STEPS
     assert again.manifest == uninterrupted.manifest
     assert (uninterrupted.path / "manifest.json").stat().st_mtime_ns == before
-    assert not list(uninterrupted.path.glob("checkpoints/*.partial"))
+    assert not list(uninterrupted.path.glob("checkpoints/*/*.tmp"))
 
 
 def test_a_job_killed_with_minus_9_is_finished_by_the_next_one_with_the_same_losses_to_the_bit(

@@ -17,6 +17,7 @@ from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.batches import Noise
 from powerhouse.training.methods import METHODS, make_shape, method_of
 from powerhouse.training.settings import NoiseConfig, OptimConfig, RunConfig
+from powerhouse.training.storage import Store
 
 
 class TrainingConfig(Config):
@@ -62,6 +63,11 @@ class TrainingConfig(Config):
         return self.model
 
     @property
+    def checkpoints(self) -> str:
+        """Folder or URI of the run's checkpoints."""
+        return self.run.checkpoints or str(self.output / "checkpoints")
+
+    @property
     def rows_per_worker(self) -> int:
         """Rows of one step that one worker sees."""
         return self.global_batch_rows // self.run.num_workers
@@ -98,9 +104,11 @@ def check(config: TrainingConfig, tokens: Artifact) -> None:
     """Hold the settings against each other and against the tokens.
 
     Raises:
-        ConfigError: the global batch does not divide, or the model cannot take these tokens.
+        ConfigError: the global batch does not divide, the checkpoints have no known kind of store, or the model cannot take
+            these tokens.
     """
     _check_batch(config)
+    Store(config.checkpoints)
     method, row_length = method_of(config.shape), int(tokens.manifest.counts["row_length"])
     tokenizer = Tokenizer.load(tokens.path)
     if config.start_from and Tokenizer.load(config.start_from).core.to_str() != tokenizer.core.to_str():

@@ -15,21 +15,22 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.util.metrics import Gauge as RayGauge
 
 from powerhouse import artifacts
-from powerhouse.artifacts import Artifact, Counts
+from powerhouse.artifacts import UNFINISHED, Artifact, Counts
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ClusterError, PowerhouseError, TrainingError
 from powerhouse.models.hub import save_model
 from powerhouse.session import connect
 from powerhouse.telemetry import Gauge, read_metrics
 from powerhouse.tokenizer import Tokenizer
-from powerhouse.training import checkpoint
 from powerhouse.training.build import build_model, empty_model
+from powerhouse.training.checkpoint import Checkpoints
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.data import masks_documents, read_batches
-from powerhouse.training.loop import CHECKPOINTS, train
+from powerhouse.training.loop import train
 from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
 from powerhouse.training.sharding import gather_state
@@ -130,15 +131,21 @@ def work(config: TrainingConfig) -> None:
         torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
     method, model = method_of(config.shape), build_model(config, device)
     optimizer = make_optimizer(model, config.optim)
-    start_step = checkpoint.latest_step(config.output / CHECKPOINTS)
-    if start_step:
-        checkpoint.load(config.output / CHECKPOINTS, start_step, model, optimizer)
-    batches = read_batches(config, start_step, dist.get_rank(), dist.get_world_size(), device)
-    with Watch(config.output, start_step, config.num_steps, _ray_gauges()) as watch:
-        train(model, optimizer, method.objective, batches, config, config.output, start_step, watch)
+    run_id = (config.output / UNFINISHED).read_text(encoding="utf-8")
+    with Checkpoints(config.checkpoints, run_id, config.run.keep_checkpoints, _is_asked_to_stop) as checkpoints:
+        start_step = checkpoints.resume(model, optimizer)
+        batches = read_batches(config, start_step, dist.get_rank(), dist.get_world_size(), device)
+        with Watch(config.output, start_step, config.num_steps, _ray_gauges()) as watch:
+            train(model, optimizer, method.objective, batches, config, start_step, watch, checkpoints)
     state = gather_state(model)
     if dist.get_rank() == 0:
         save_model(config.output, config.shape, state)
+
+
+def _is_asked_to_stop() -> bool:
+    """Whether Ray was told that a node of this run will be taken away: `ray drain-node`, a cloud's preemption notice."""
+    # What ray.train.get_preemption_info broadcasts, read here without its round through another process at every step.
+    return get_internal_train_context().preemption_context.preemption_info is not None
 
 
 def _ray_gauges() -> Gauge:

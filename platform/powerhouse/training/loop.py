@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,15 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from powerhouse.errors import TrainingError
-from powerhouse.training import checkpoint
+from powerhouse.training.checkpoint import Checkpoints
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.objectives import Batch, Objective
 from powerhouse.training.optim import learning_rate, set_learning_rate
 from powerhouse.training.settings import OptimConfig, RunConfig
 from powerhouse.training.sharding import announce_backward
 from powerhouse.training.watch import Watch
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,17 @@ def train(
     objective: Objective,
     batches: Iterator[Batch],
     config: TrainingConfig,
-    folder: Path,
     start_step: int,
     watch: Watch,
+    checkpoints: Checkpoints,
 ) -> None:
     """Run steps `start_step` .. `num_steps` - 1; `batches` yields this rank's rows of each of them.
 
-    All ranks write `folder`/checkpoints; `watch` is told of every step.
+    `watch` is told of every step, `checkpoints` keep the state.
 
     Raises:
-        TrainingError: the loss or the gradient is not a number, on every rank at the same step.
+        TrainingError: the loss or the gradient is not a number, on every rank at the same step, or a checkpoint failed.
+        StopRequest: the run was asked to stop, and has saved its state.
     """
     for step in range(start_step, config.num_steps):
         watch.begin()
@@ -64,8 +62,8 @@ def train(
         _check_is_finite(step, result)
         watch.record(step, {"loss": result.loss, "lr": rate, "grad_norm": result.grad_norm}, result.num_tokens)
         num_done = step + 1
-        if num_done % config.run.checkpoint_every == 0 or num_done == config.num_steps:
-            checkpoint.save(folder / CHECKPOINTS, num_done, model, optimizer, config.run.keep_checkpoints)
+        is_due = num_done % config.run.checkpoint_every == 0 or num_done == config.num_steps
+        checkpoints.after_step(num_done, is_due, model, optimizer)
 
 
 def train_step(

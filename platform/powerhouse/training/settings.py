@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from powerhouse.config import Config
+from powerhouse.config import Config, storage_root
 
 
 class OptimConfig(Config):
@@ -54,8 +54,12 @@ class RunConfig(Config):
     """A GPU for each worker, and nccl instead of gloo."""
     checkpoint_every: int = Field(default=100, gt=0)
     """Steps between two checkpoints; the last step is always saved."""
-    keep_checkpoints: int = Field(default=1, gt=0)
-    """Newest checkpoints that are kept."""
+    checkpoints: Annotated[str, AfterValidator(lambda name: name if "://" in name else str(storage_root() / name))] | None = (
+        None
+    )
+    """Where checkpoints lie: a path, or a URI such as s3://bucket/runs/a; by default in the output folder."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints that are kept; where one is damaged, the run goes on from the one before it."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it. full: a block's inside, all but its input (Chen et al.
     2016): least memory, about a third more work. selective: all but the results of matrix products and of attention."""
