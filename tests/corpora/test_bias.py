@@ -42,6 +42,14 @@ def index_of(rows: list[tuple[int, str | None, float, str]]) -> pa.Table:
     )
 
 
+def test_where_sentences_are_rated_their_rate_stands_beside_that_of_words() -> None:
+    women = 1 << list(GROUPS).index("women")
+    rows: list[tuple[int, str | None, float, str]] = [(women, None, 0.0, "a"), (women, None, 0.0, "a"), (0, None, 0.0, "a")]
+    index = index_of(rows).append_column("toxic_sentence_share", pa.array([0.5, 0.0, 0.0], type=pa.float32()))
+
+    assert AuditBias()(index).report["names women"]["toxic_sentences_per_1000"] == 250
+
+
 def test_a_filter_that_removes_one_group_more_often_is_told() -> None:
     women = 1 << list(GROUPS).index("women")
     rows: list[tuple[int, str | None, float, str]] = [(women, "toxic_word_share", 0.01, "a")] * 60 + [

@@ -38,6 +38,7 @@ GROUPS = {
 }
 IDENTITY_TERMS = {term: number for number, terms in enumerate(GROUPS.values()) for term in terms.split()}
 """The group of each word, by its place in GROUPS."""
+_TOXICITY = {"toxic_words_per_1000": "toxic_word_share", "toxic_sentences_per_1000": "toxic_sentence_share"}
 
 
 class FindIdentities:
@@ -60,7 +61,7 @@ class AuditBias:
         if not index.num_rows:
             return Outcome()
         is_removed = pc.is_valid(index["reason"]).to_numpy()
-        toxicity = index["toxic_word_share"].to_numpy()
+        toxicity = {name: index[column].to_numpy() for name, column in _TOXICITY.items() if column in index.column_names}
         overall = float(is_removed.mean())
         rows = {
             name: _describe(is_in, is_removed, toxicity, overall) | {"reason": _main_reason(index, is_in)}
@@ -80,7 +81,7 @@ def _parts(index: pa.Table) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
         yield f"source {source}", sources == source
 
 
-def _describe(is_in: Any, is_removed: Any, toxicity: Any, overall: float) -> dict[str, Any]:
+def _describe(is_in: Any, is_removed: Any, toxicity: dict[str, Any], overall: float) -> dict[str, Any]:
     num_documents, num_removed = int(is_in.sum()), int(is_removed[is_in].sum())
     low, high = wilson_interval(num_removed, num_documents)
     return {
@@ -89,7 +90,7 @@ def _describe(is_in: Any, is_removed: Any, toxicity: Any, overall: float) -> dic
         "removed_share": round(num_removed / num_documents, 4),
         "interval": f"{low:.3f} to {high:.3f}",
         "beside_all": "more often" if low > overall else "less often" if high < overall else "as often",
-        "toxic_words_per_1000": round(1000 * float(toxicity[is_in].mean()), 3),
+        **{name: round(1000 * float(values[is_in].mean()), 3) for name, values in toxicity.items()},
     }
 
 
