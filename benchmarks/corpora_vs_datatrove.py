@@ -76,7 +76,7 @@ def main() -> None:
     for difference, count in report["disagreements_traced"].items():
         print(f"{count:3d} documents: {difference}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    arguments.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -184,10 +184,10 @@ def _differences(theirs: Counted, ours: Counted) -> str:
     found: dict[str, None] = {}
     for tag, first, last, start, end in difflib.SequenceMatcher(None, one, two, autojunk=False).get_opcodes():
         if tag != "equal":
-            found[f"there {' '.join(one[first:last])!r} is {last - first} words, here {end - start}"] = None
+            found[f"{' '.join(one[first:last])!r} is {last - first} of their words, {end - start} of ours"] = None
         for (word, is_counted), (_, is_counted_here) in zip(theirs[first:last], ours[start:end], strict=False):
             if tag == "equal" and is_counted != is_counted_here:
-                found[f"{word!r} is {'a word' if is_counted else 'a mark'} there and not here"] = None
+                found[f"{word!r} {'counts as a word' if is_counted else 'is a mere mark'} there and not here"] = None
     return "; ".join(found) or "no word differs"
 
 
