@@ -167,19 +167,22 @@ def ngram_chars(numbers: Numbers, lengths: npt.NDArray[np.int32]) -> dict[str, i
     """
     ends = _sum_up(lengths)
     out = dict.fromkeys(_NGRAM_SCORES, 0)
+    for length in TOP_NGRAMS:
+        if length <= len(numbers):  # while each occurs once, the text's first is the most frequent
+            out[f"top_{length}gram_char_share"] = int(ends[length]) + length - 1
     places, hashes = np.arange(len(numbers)), numbers
     for length in range(2, min(len(numbers), REPEATED_NGRAMS[-1]) + 1):
         num_inside = int(places.searchsorted(len(numbers) - length, side="right"))
         places = places[:num_inside]
         hashes = _mix(hashes[:num_inside], numbers[places + (length - 1)])
         members, counts = _find_repeated(hashes)
-        if length in TOP_NGRAMS:
-            top, num_top = _find_top(places[members], counts) if len(members) else (0, 1)
-            out[f"top_{length}gram_char_share"] = int(ends[top + length] - ends[top] + length - 1) * num_top
-        elif len(members):
-            out[f"repeated_{length}gram_char_share"] = _repeated_chars(places[members], counts, ends, length)
-        else:
+        if not len(members):
             break
+        if length in TOP_NGRAMS:
+            top, num_top = _find_top(places[members], counts)
+            out[f"top_{length}gram_char_share"] = int(ends[top + length] - ends[top] + length - 1) * num_top
+        else:
+            out[f"repeated_{length}gram_char_share"] = _repeated_chars(places[members], counts, ends, length)
         members.sort()
         places, hashes = places[members], hashes[members]
     return out

@@ -8,8 +8,9 @@ next to nothing. The rules are those of spaCy 3's documentation ("How spaCy's to
 from __future__ import annotations
 
 import re
+import string
+import sys
 import unicodedata
-from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -82,6 +83,8 @@ _ABBREVIATIONS = _set("""
 _UNSPLIT = _ABBREVIATIONS | _EMOTICONS
 _ABBREVIATED_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzäöü")
 _MAX_SPECIAL_CHARS = 11  # mightn't've
+_MARKS = frozenset(_PUNCTUATION + _QUOTES + "—–")  # each by itself a prefix and a suffix, and the end of no longer one
+_PLAIN = frozenset(string.ascii_letters + string.digits)
 _MAX_SUFFIX_CHARS = 4  # mbar; but any number of dots
 _CONTRACTION_ENDS = frozenset("tedsmlaTEDSMLAſ")
 _SENTENCE_ENDS = frozenset("!.?։؟۔܀܁܂‼‽⁇⁈⁉⸮﹖﹗！．？｡。")
@@ -102,24 +105,34 @@ def split_chunk(chunk: str) -> list[str]:
         return _whole(chunk) or [chunk]
     left, right, text = [], [], chunk
     while text and not (whole := _whole(text)):
-        prefix, suffix = _PREFIX.match(text), _find_suffix(text)
+        prefix, suffix = _find_prefix(text), _find_suffix(text)
         if not (prefix or suffix):
             break
         if prefix:
-            left.append(prefix.group())
-            text = text[prefix.end() :]
+            left.append(prefix)
+            text = text[len(prefix) :]
             if whole := _whole(text):
                 break
-        if suffix and len(suffix.group()) <= len(text):
-            right.append(suffix.group())
-            text = text[: len(text) - len(suffix.group())]
+        if suffix and len(suffix) <= len(text):
+            right.append(suffix)
+            text = text[: len(text) - len(suffix)]
     if text:
         left += whole or ([text] if _is_url(text) else _split_infixes(text))
     return left + right[::-1]
 
 
-def _find_suffix(text: str) -> re.Match[str] | None:
-    return _SUFFIX.search(text, 0 if text.endswith("..") else max(0, len(text) - _MAX_SUFFIX_CHARS))
+def _find_prefix(text: str) -> str:
+    if text[0] in _MARKS or text[0] in _PLAIN:
+        return text[0] if text[0] in _MARKS else ""
+    found = _PREFIX.match(text)
+    return found.group() if found else ""
+
+
+def _find_suffix(text: str) -> str:
+    if text[-1] in _MARKS or text[-1] in string.digits:
+        return text[-1] if text[-1] in _MARKS else ""
+    found = _SUFFIX.search(text, 0 if text.endswith("..") else max(0, len(text) - _MAX_SUFFIX_CHARS))
+    return found.group() if found else ""
 
 
 def _whole(text: str) -> list[str]:
@@ -167,30 +180,31 @@ class Words:
         return numbers, lengths // numbers.itemsize, self._numbers.facts[numbers]
 
 
-class _Numbers(dict[str, int]):
+class _Numbers(dict[str, bytes]):
     """A number for each word met so far, in the order in which they were met, and the facts of each."""
 
     def __init__(self) -> None:
         self.facts = np.zeros(2**16, dtype=np.int32)
 
-    def __missing__(self, word: str) -> int:
-        self[word] = number = len(self)
+    def __missing__(self, word: str) -> bytes:
+        number = len(self)
+        self[word] = as_bytes = number.to_bytes(8, sys.byteorder)
         if number == len(self.facts):
             self.facts = np.concatenate([self.facts, np.zeros_like(self.facts)])
         self.facts[number] = _facts(word)
-        return number
+        return as_bytes
 
 
 class _Chunks(dict[str, bytes]):
-    """The numbers of the words of each run of non-spaces met so far, as the bytes of an array, which are quick to join."""
+    """The numbers of the words of each run of non-spaces met so far, as bytes, which are quick to join to an array."""
 
     def __init__(self, numbers: _Numbers) -> None:
         self._numbers = numbers
 
     def __missing__(self, chunk: str) -> bytes:
         if len(chunk) > MAX_CHUNK_CHARS:
-            return array("q", [self._numbers[chunk[:MAX_CHUNK_CHARS]]]).tobytes()
-        self[chunk] = numbers = array("q", map(self._numbers.__getitem__, split_chunk(chunk))).tobytes()
+            return self._numbers[chunk[:MAX_CHUNK_CHARS]]
+        self[chunk] = numbers = b"".join(map(self._numbers.__getitem__, split_chunk(chunk)))
         return numbers
 
 
