@@ -183,6 +183,17 @@ def test_a_damaged_compressed_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
+    records = [*PAIRS, "no json", *({"messages": chat} for chat in CHATS)] * 20
+    one = encode_conversations(make_config(tmp_path, records, max_rejected_share=0.2))
+    two = encode_conversations(make_config(tmp_path, records, max_rejected_share=0.2, num_processes=2, output=tmp_path / "two"))
+
+    assert one.manifest.digest == two.manifest.digest
+    for name in ("rows/rows-00000.arrow", "rejects.jsonl", "report.json", "provenance.parquet"):
+        assert (one.path / name).read_bytes() == (two.path / name).read_bytes()
+
+
+@pytest.mark.slow
 def test_the_job_tells_what_it_kept_and_where_it_lies(tmp_path: Path) -> None:
     config = make_config(tmp_path, PAIRS)
     overrides = [f"{key}={json.dumps(value)}" for key, value in config.model_dump(mode="json").items()]

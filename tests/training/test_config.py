@@ -8,7 +8,7 @@ import pytest
 from fakes import tiny_config, tiny_tokenizer
 from powerhouse.config import load, validate
 from powerhouse.errors import ConfigError
-from powerhouse.training.config import TrainingConfig, check
+from powerhouse.training.config import TrainingConfig, check, check_batch
 from tiny_run import make_config, write_tokens
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,3 +75,17 @@ def test_the_demo_settings_are_valid_and_accumulate_over_two_micro_batches() -> 
     config = load(TrainingConfig, REPOSITORY / "jobs" / "configs" / "tiny.yaml")
 
     assert config.rows_per_worker == 2 * config.run.micro_batch_rows
+
+
+@pytest.mark.parametrize(
+    ("counts", "per_copy", "message"),
+    [
+        (range(1, 5), None, r"run\.num_workers: .*\n  got: 3 with global_batch_rows=16 .*\n  allowed: 1, 2, 4, 8$"),
+        ([2, 4, 8, 16], None, r"got: 16 with .*\n  allowed: 1, 2, 4, 8$"),
+        ([4, 2, 1], 2, r"run\.workers_per_copy: .*\n  got: 2 with run\.num_workers=1"),
+    ],
+)
+def test_every_number_of_workers_that_a_run_may_have_divides_its_batch(counts: Any, per_copy: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_batch(16, 2, counts, per_copy)
+    check_batch(16, 2, [1, 2, 4, 8])

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +33,9 @@ from powerhouse.corpora.rows import write_provenance, write_rows
 from powerhouse.errors import InputError
 from powerhouse.telemetry import progress
 from powerhouse.tokenizer import Tokenizer
+
+_WINDOW = 512
+"""Records at once for each process."""
 
 
 class ConversationsConfig(Config):
@@ -52,6 +57,8 @@ class ConversationsConfig(Config):
     """Rows in one file."""
     seed: int = Field(default=0, ge=0)
     """Of the shuffle of the rows."""
+    num_processes: int = Field(default=1, ge=1)
+    """Processes that encode, on this machine. It changes how long the job takes, never what it writes."""
 
 
 def encode_conversations(config: ConversationsConfig) -> Artifact:
@@ -63,7 +70,7 @@ def encode_conversations(config: ConversationsConfig) -> Artifact:
     """
     inputs: dict[str, Artifact | str] = {"tokenizer": Tokenizer.load(config.tokenizer).digest}
     inputs |= {f"input_{number}": _digest(path) for number, path in enumerate(config.inputs)}
-    settings = config.model_dump(mode="json", exclude={"inputs", "tokenizer", "output"})
+    settings = config.model_dump(mode="json", exclude={"inputs", "tokenizer", "output", "num_processes"})
     return produce(config.output, "tokens", settings, inputs, partial(_make, config))
 
 
@@ -163,8 +170,7 @@ def _write_stream(config: ConversationsConfig, tokenizer: Tokenizer, folder: Pat
         (folder / "work" / "learned.bin").open("wb") as learned,
         (folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects,
     ):
-        for path, number, line in _read_lines(config.inputs):
-            item = encode_record(line, tokenizer, config.row_length, truncates=config.too_long == "truncate")
+        for path, number, item in _encode_lines(config):
             if isinstance(item, Rejection):
                 tally.rejected[item.reason] += 1
                 tally.first_rejections.setdefault(item.reason, f"{path}, line {number}: {item.detail}")
@@ -177,6 +183,30 @@ def _write_stream(config: ConversationsConfig, tokenizer: Tokenizer, folder: Pat
         np.full(config.row_length, tokenizer.end_of_text_id, dtype=np.int32).tofile(tokens)
         np.zeros(config.row_length, dtype=np.uint8).tofile(learned)
     return tally
+
+
+def _encode_lines(config: ConversationsConfig) -> Iterator[tuple[Path, int, Encoded | Rejection]]:
+    """Give every record's file, line and tokens, or why it is left out; in their order."""
+    lines = _read_lines(config.inputs)
+    encode = partial(_encode_line, config.tokenizer, config.row_length, config.too_long == "truncate")
+    if config.num_processes == 1:
+        yield from map(encode, lines)
+        return
+    with multiprocessing.get_context("spawn").Pool(config.num_processes) as pool:
+        while window := list(islice(lines, config.num_processes * _WINDOW)):  # a pool would read all lines at once
+            yield from pool.imap(encode, window, chunksize=_WINDOW // 8)
+
+
+def _encode_line(
+    directory: Path, row_length: int, truncates: bool, item: tuple[Path, int, bytes]
+) -> tuple[Path, int, Encoded | Rejection]:
+    path, number, line = item
+    return path, number, encode_record(line, _load(directory), row_length, truncates=truncates)
+
+
+@lru_cache(maxsize=1)
+def _load(directory: Path) -> Tokenizer:
+    return Tokenizer.load(directory)
 
 
 def _read_lines(paths: list[Path]) -> Iterator[tuple[Path, int, bytes]]:

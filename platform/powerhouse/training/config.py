@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -107,7 +108,8 @@ def check(config: TrainingConfig, tokens: Artifact) -> None:
         ConfigError: the global batch does not divide, the checkpoints have no known kind of store, or the model cannot take
             these tokens.
     """
-    _check_batch(config)
+    run = config.run
+    check_batch(config.global_batch_rows, run.micro_batch_rows, run.worker_counts, run.workers_per_copy)
     Store(config.checkpoints)
     method, row_length = method_of(config.shape), int(tokens.manifest.counts["row_length"])
     tokenizer = Tokenizer.load(tokens.path)
@@ -157,27 +159,31 @@ def _check_learned(config: TrainingConfig, tokens: Artifact) -> None:
         )
 
 
-def _check_batch(config: TrainingConfig) -> None:
-    rows, micro = config.global_batch_rows, config.run.micro_batch_rows
-    if config.run.num_workers % (config.run.workers_per_copy or 1):
-        raise ConfigError(
-            "run.workers_per_copy: does not divide the workers",
-            got=f"{config.run.workers_per_copy} with run.num_workers={config.run.num_workers}",
-            allowed=_divisors(config.run.num_workers),
-        )
-    if rows % (config.run.num_workers * micro) == 0:
-        return
+def check_batch(rows: int, micro: int, worker_counts: Sequence[int], workers_per_copy: int | None = None) -> None:
+    """Hold the global batch, which stays the same, against every number of workers that the run may have.
+
+    Raises:
+        ConfigError: one does not divide it into micro-batches.
+    """
     if rows % micro:
         raise ConfigError(
             "run.micro_batch_rows: does not divide the global batch",
             got=f"{micro} with global_batch_rows={rows}",
             allowed=_divisors(rows),
         )
-    raise ConfigError(
-        "run.num_workers: does not divide the global batch",
-        got=f"{config.run.num_workers} with global_batch_rows={rows} and micro_batch_rows={micro}",
-        allowed=_divisors(rows // micro),
-    )
+    for num_workers in worker_counts:
+        if rows % (num_workers * micro):
+            raise ConfigError(
+                "run.num_workers: does not divide the global batch",
+                got=f"{num_workers} with global_batch_rows={rows} and micro_batch_rows={micro}",
+                allowed=_divisors(rows // micro),
+            )
+        if num_workers % (workers_per_copy or 1):
+            raise ConfigError(
+                "run.workers_per_copy: does not divide the workers",
+                got=f"{workers_per_copy} with run.num_workers={num_workers}",
+                allowed=_divisors(num_workers),
+            )
 
 
 def _divisors(number: int) -> str:

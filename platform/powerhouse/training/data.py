@@ -17,12 +17,12 @@ import torch
 
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.tokenizer import Tokenizer
-from powerhouse.training.batches import Noise
+from powerhouse.training.batches import PackedRows
 from powerhouse.training.config import TrainingConfig
-from powerhouse.training.methods import Method, method_of
+from powerhouse.training.methods import method_of
 from powerhouse.training.objectives import Batch
+from powerhouse.training.rows import rows_folder
 
-ROWS = "rows"
 Indices = npt.NDArray[np.int64]
 
 
@@ -55,29 +55,26 @@ def places_of(step: int, rank: int, num_ranks: int, global_batch_rows: int) -> I
     return np.arange(start, start + num_here)
 
 
-def masks_documents(config: TrainingConfig) -> bool:
+def masks_documents(config: TrainingConfig, *, tells_learned: bool) -> bool:
     """Whether documents are kept apart: as the config says, or else where rows tell which tokens are learned."""
-    return TokenRows(config.tokens / ROWS).tells_learned if config.masks_documents is None else config.masks_documents
+    return tells_learned if config.masks_documents is None else config.masks_documents
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Reads the rows of a step straight from the memory-mapped shards."""
+    """Reads rows by their places in the stream, straight from the memory-mapped shards."""
 
     rows: TokenRows
     order: RowOrder
-    method: Method
-    noise: Noise
     masks_documents: bool
 
     @classmethod
     def open(cls, config: TrainingConfig) -> RowReader:
-        rows, method = TokenRows(config.tokens / ROWS), method_of(config.shape)
-        noise = config.make_noise(Tokenizer.load(config.tokens), rows.row_length)
-        return cls(rows, RowOrder(len(rows), config.seed), method, noise, masks_documents(config))
+        rows = TokenRows(rows_folder(config))
+        return cls(rows, RowOrder(len(rows), config.seed), masks_documents(config, tells_learned=rows.tells_learned))
 
-    def batch(self, places_B: Indices, device: torch.device) -> Batch:
-        """The rows at these places of the stream, as the method wants them.
+    def read(self, places_B: Indices) -> PackedRows:
+        """The rows at these places, with what the run wants to know of them.
 
         Raises:
             InputError: documents are to be kept apart, and the shards do not tell where they start.
@@ -85,11 +82,25 @@ class RowReader:
         numbers_B = self.order.rows_at(places_B)
         documents_BR = self.rows.take_documents(numbers_B) if self.masks_documents else None
         learned_BR = self.rows.take_learned(numbers_B) if self.rows.tells_learned else None
-        return self.method.batch(self.rows.take(numbers_B), places_B, self.noise, device, documents_BR, learned_BR)
+        return PackedRows(self.rows.take(numbers_B), places_B, documents_BR, learned_BR)
+
+
+class BatchMaker:
+    """Makes of rows what the run's method gives to its objective."""
+
+    def __init__(self, config: TrainingConfig, device: torch.device) -> None:
+        self._config = config
+        self._tokenizer = Tokenizer.load(config.tokens)
+        self._device = device
+
+    def __call__(self, rows: PackedRows) -> Batch:
+        noise = self._config.make_noise(self._tokenizer, rows.tokens_BR.shape[1])
+        method = method_of(self._config.shape)
+        return method.batch(rows.tokens_BR, rows.places_B, noise, self._device, rows.documents_BR, rows.learned_BR)
 
 
 def read_batches(config: TrainingConfig, start_step: int, rank: int, num_ranks: int, device: torch.device) -> Iterator[Batch]:
     """A rank's rows of each step from `start_step` on."""
-    reader = RowReader.open(config)
+    reader, make_batch = RowReader.open(config), BatchMaker(config, device)
     for step in range(start_step, config.num_steps):
-        yield reader.batch(places_of(step, rank, num_ranks, config.global_batch_rows), device)
+        yield make_batch(reader.read(places_of(step, rank, num_ranks, config.global_batch_rows)))

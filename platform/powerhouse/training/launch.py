@@ -50,7 +50,8 @@ def train_model(config: TrainingConfig) -> Artifact:
     if config.precision == "auto":
         is_fast = computes_bfloat16("cuda" if config.run.use_gpu else "cpu")
         config = config.model_copy(update={"precision": "bfloat16" if is_fast else "float32"})
-    config = config.model_copy(update={"masks_documents": masks_documents(config)})
+    tells_learned = "num_learned_tokens" in tokens.manifest.counts
+    config = config.model_copy(update={"masks_documents": masks_documents(config, tells_learned=tells_learned)})
     settings = config.model_dump(mode="json", exclude={"tokens", "output", "run", "start_from"})
     inputs: dict[str, Artifact | str] = {"tokens": tokens}
     if config.start_from:

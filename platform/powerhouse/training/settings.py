@@ -52,6 +52,9 @@ class RunConfig(Config):
     """CPUs asked of Ray for a worker; also its number of torch threads, at least one."""
     use_gpu: bool = False
     """A GPU for each worker, and nccl instead of gloo."""
+    rows: str | None = None
+    """URI of a copy of the tokens' rows/ in an object store, such as s3://bucket/tokens/rows; each machine that reads rows
+    fetches it once, to its own disk. null: rows are read in the tokens' folder."""
     checkpoint_every: int = Field(default=100, gt=0)
     """Steps between two checkpoints; the last step is always saved."""
     checkpoints: Annotated[str, AfterValidator(lambda name: name if "://" in name else str(storage_root() / name))] | None = (
@@ -67,6 +70,11 @@ class RunConfig(Config):
     """Compile each block with torch.compile: faster on a GPU, after a first step of minutes."""
     max_failures: int = Field(default=2, ge=0)
     """How often lost workers are replaced before the run gives up."""
+
+    @property
+    def worker_counts(self) -> range:
+        """Every number of workers that the run may have."""
+        return range(self.num_workers, self.num_workers + 1)
 
 
 class NoiseConfig(Config):
