@@ -23,6 +23,7 @@ from powerhouse.training.build import build_model
 from powerhouse.training.checkpoint import Checkpoints, StopRequest
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.data import read_batches
+from powerhouse.training.guard import Guard
 from powerhouse.training.loop import train
 from powerhouse.training.methods import method_of
 from powerhouse.training.objectives import Batch
@@ -99,13 +100,14 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any 
     asked: list[bool] = []
     try:
         model, optimizer = sharded_model(config)
+        guard = Guard(config.optim, is_scaled=config.precision == "float16")
         with Checkpoints(config.checkpoints, "this run", config.run.keep_checkpoints, lambda: any(asked)) as checkpoints:
-            start = checkpoints.resume(model, optimizer)
+            start = checkpoints.resume(model, optimizer, guard)
             end = config.num_steps if stop_after is None else start + stop_after
             batches = read_batches(config, start, dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
             batches = telling(batches, range(start, end), lambda step: asked.append(bool(events and events(step))))
             with Watch(config.output, start, config.num_steps) as watch:
-                train(model, optimizer, method_of(config.model).objective, batches, config, start, watch, checkpoints)
+                train(model, optimizer, guard, method_of(config.shape).objective, batches, config, start, watch, checkpoints)
     except (StopIteration, StopRequest, PowerhouseError) as error:
         return f"{type(error).__name__}: {error}"
     state = gather_state(model)

@@ -18,6 +18,7 @@ from distributed import run_on_ranks
 from powerhouse.models.hub import load_decoder
 from powerhouse.training.checkpoint import Checkpoints, whole_steps
 from powerhouse.training.config import TrainingConfig
+from powerhouse.training.guard import Guard
 from powerhouse.training.storage import Store
 from s3 import S3Server, start_server, variables
 from tiny_run import losses, make_config, run_loop, sharded_model, write_tokens
@@ -82,13 +83,13 @@ def change_while_saving(config: TrainingConfig) -> None:
     before = [parameter.to_local().clone() for parameter in model.parameters()]
     with Checkpoints(config.checkpoints, "this run", keep=1) as checkpoints:
         checkpoints._store = SlowStore(config.checkpoints)
-        checkpoints.save(1, model, optimizer)
+        checkpoints.save(1, model, optimizer, Guard(config.optim))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.to_local().zero_()
         assert whole_steps(config.checkpoints) == []  # it is still being written
     with Checkpoints(config.checkpoints, "this run", keep=1) as checkpoints:
-        assert checkpoints.resume(model, optimizer) == 1
+        assert checkpoints.resume(model, optimizer, Guard(config.optim)) == 1
     assert all(torch.equal(parameter.to_local(), old) for parameter, old in zip(model.parameters(), before, strict=True))
 
 
@@ -162,7 +163,7 @@ def test_the_checkpoints_of_another_run_are_refused(whole: TrainingConfig) -> No
 def resume_as_another(config: TrainingConfig) -> str:
     checkpoints = Checkpoints(config.checkpoints, "another run", keep=1)
     try:
-        checkpoints.resume(*sharded_model(config))
+        checkpoints.resume(*sharded_model(config), Guard(config.optim))
     except Exception as error:
         return str(error)
     return ""

@@ -46,7 +46,11 @@ def test_settings_that_do_not_fit_name_what_would(tmp_path: Path, changes: dict[
     [
         ("optim", {"lr": 0}, r"optim\.lr: got 0; allowed: input should be greater than 0"),
         ("optim", {"lr": 1, "learning_rate": 1}, r"optim\.learning_rate: unknown key"),
-        ("precision", "float8", "precision: got 'float8'; allowed: input should be 'auto', 'float32' or 'bfloat16'"),
+        (
+            "precision",
+            "int8",
+            "precision: got 'int8'; allowed: input should be 'auto', 'float32', 'bfloat16', 'float16' or 'float8'",
+        ),
         ("num_steps", 0, "num_steps: got 0; allowed: input should be greater than 0"),
         ("tokens", None, "tokens: got None"),
     ],

@@ -15,6 +15,7 @@ from distributed import run_on_ranks
 from fakes import tiny_config
 from powerhouse.training.build import build_model
 from powerhouse.training.config import TrainingConfig
+from powerhouse.training.guard import Guard
 from powerhouse.training.loop import train_step
 from powerhouse.training.memory import Memory, plan_memory
 from powerhouse.training.methods import method_of
@@ -57,8 +58,8 @@ def allocate(config: TrainingConfig, folder: Path) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         model, optimizer = sharded_model(config)
         batch = ids(config.global_batch_rows // dist.get_world_size(), "cpu")
-        for _ in range(2):
-            train_step(model, optimizer, method_of(config.shape).objective, batch, config.run, config.optim)
+        for step in range(2):
+            train_step(step, model, optimizer, Guard(config.optim), method_of(config.shape).objective, batch, config.run)
     path = folder / f"trace-{dist.get_rank()}.json"
     profiled.export_chrome_trace(str(path))
     events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
@@ -88,8 +89,8 @@ def test_a_gpu_allocates_what_was_foretold_and_no_more(tmp_path: Path) -> None:
         before = torch.cuda.memory_allocated()
         model = build_model(config, device)
         optimizer = make_optimizer(model, config.optim)
-        for _ in range(2):
-            train_step(model, optimizer, method.objective, ids(8, "cuda"), config.run, config.optim)
+        for step in range(2):
+            train_step(step, model, optimizer, Guard(config.optim), method.objective, ids(8, "cuda"), config.run)
         measured = torch.cuda.max_memory_allocated() - before
     finally:
         dist.destroy_process_group()

@@ -20,6 +20,7 @@ from powerhouse.models.hub import save_model
 from powerhouse.models.model import token_loss
 from powerhouse.training.build import empty_model
 from powerhouse.training.config import TrainingConfig, read_shape
+from powerhouse.training.guard import Guard
 from powerhouse.training.loop import accumulate, clip_gradients, train_step
 from powerhouse.training.objectives import causal_language_model
 from powerhouse.training.sharding import gather_state
@@ -150,7 +151,7 @@ def types_of_a_bfloat16_step(config: TrainingConfig) -> dict[str, Any]:
     model, optimizer = sharded_model(config)
     seen = set()
     model.blocks()["0"].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    train_step(model, optimizer, causal_language_model, random_batch(), config.run, config.optim)
+    train_step(0, model, optimizer, Guard(config.optim), causal_language_model, random_batch(), config.run)
     totals = accumulate(model, causal_language_model, random_batch(), config.run)
     kept = {tensor.dtype for values in optimizer.state.values() for tensor in values.values()}
     parameters = list(model.parameters())

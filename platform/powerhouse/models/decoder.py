@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from powerhouse.models.attention import Attend
 from powerhouse.models.kernels import causal_attention
 from powerhouse.models.layers import AttentionShape, Block, Embedding, FeedForward, Linear, RMSNorm
-from powerhouse.models.model import Model, ModelConfig
+from powerhouse.models.model import Finish, Model, ModelConfig
 from powerhouse.models.rope import RopeScaling, rope_angles
 
 
@@ -155,9 +155,10 @@ class Decoder(Model):
     def blocks(self) -> dict[str, nn.Module]:
         return dict(self.model.layers.items())
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend = causal_attention) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend = causal_attention, finish: Finish | None = None) -> Tensor:
         """Run ids [*] (first slice) or hidden states [*, C] to hidden states [*, C], or to fp32 logits [*, V] (last)."""
-        return self.project(self.transform(x, positions, attend)) if self.is_last else self.transform(x, positions, attend)
+        x = self.transform(x, positions, attend)
+        return (finish or self.project)(x) if self.is_last else x
 
     def transform(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Everything before the vocabulary: hidden states [*, C]. The engine projects only the rows it samples."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from powerhouse.models.attention import Kernel, Mask, RowAttention, document_positions
 from powerhouse.models.kernels import document_kernel, sdpa_attention
 from powerhouse.models.layers import ACTIVATIONS, AttentionShape, Block, Embedding, FeedForward, Linear
-from powerhouse.models.model import Model, ModelConfig
+from powerhouse.models.model import Finish, Model, ModelConfig
 
 
 def _size(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -140,17 +140,19 @@ class Encoder(Model):
         segments_BT: Tensor | None = None,
         kernel: Kernel = sdpa_attention,
         documents_BT: Tensor | None = None,
+        finish: Finish | None = None,
     ) -> Tensor:
         """fp32 logits [B, T, V] with the masked-LM head, [B, C] with the pooler, else hidden states [B, T, C]."""
         x = self.encode(ids_BT, valid_BT, segments_BT, kernel, documents_BT)
         if self.config.head == "pooler":
             pooled: Tensor = torch.tanh(self.pooler(x[:, 0]))
             return pooled
-        if self.config.head == "masked_lm":
-            x = self.head_norm(ACTIVATIONS[self.config.activation](self.head_transform(x)))
-            # Linear with its bias would return a view, on which a sharded model's hooks do not hold.
-            return nn.functional.linear(x, self.lm_head.weight).float() + self.lm_head.bias
-        return x
+        return (finish or self.project)(x) if self.config.head == "masked_lm" else x
+
+    def project(self, x: Tensor) -> Tensor:
+        x = self.head_norm(ACTIVATIONS[self.config.activation](self.head_transform(x)))
+        # Linear with its bias would return a view, on which a sharded model's hooks do not hold.
+        return nn.functional.linear(x, self.lm_head.weight).float() + self.lm_head.bias
 
 
 def pool(hidden_BTC: Tensor, valid_BT: Tensor, how: Literal["mean", "cls"]) -> Tensor:

@@ -25,7 +25,7 @@ from powerhouse.models.layers import (
     RelativeBias,
     RMSNorm,
 )
-from powerhouse.models.model import Model, ModelConfig
+from powerhouse.models.model import Finish, Model, ModelConfig
 
 _UNTIED = {"tie_word_embeddings": False, "scale_logits": False}
 
@@ -141,9 +141,16 @@ class EncoderDecoder(Model):
         mask = Mask(is_causal=False, valid_BS=valid_BS, document_BS=documents_BS, query_document_BT=target_documents_BT)
         return Memory(self.encode(ids_BS, valid_BS, kernel, documents_BS), RowAttention(mask, kernel))
 
-    def forward(self, ids_BT: Tensor, positions: Tensor, memory: Memory | None, attend: Attend = causal_attention) -> Tensor:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions: Tensor,
+        memory: Memory | None,
+        attend: Attend = causal_attention,
+        finish: Finish | None = None,
+    ) -> Tensor:
         """fp32 logits [B, T, V] of the target so far; a decoder without encoder takes no memory."""
-        return self.project(self.decoder(self.embed(ids_BT, positions), attend, memory))
+        return (finish or self.project)(self.decoder(self.embed(ids_BT, positions), attend, memory))
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         raise NotImplementedError

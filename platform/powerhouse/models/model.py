@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from powerhouse.config import Config
+
+Finish = Callable[[Tensor], Tensor]
+"""What `forward` makes of the last hidden states [*, C] in place of the logits that `project` gives: their loss, say."""
 
 
 class ModelConfig(Config):
@@ -41,6 +44,10 @@ class Model(nn.Module):
 
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks by their number: the units that sharding, checkpointing and compilation wrap."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        """The model's head: the last hidden states [*, C] to fp32 logits [*, V], each on its own."""
         raise NotImplementedError
 
     def tie_weights(self) -> None:

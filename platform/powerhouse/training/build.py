@@ -9,6 +9,7 @@ from powerhouse.models.hub import open_checkpoint
 from powerhouse.models.model import Model
 from powerhouse.training.blocks import compile_blocks, recompute_blocks
 from powerhouse.training.config import TrainingConfig
+from powerhouse.training.float8 import use_float8
 from powerhouse.training.methods import method_of
 from powerhouse.training.sharding import Read, make_mesh, shard
 
@@ -32,6 +33,8 @@ def build_model(config: TrainingConfig, device: torch.device) -> Model:
     """This rank's slices of the model, float32, ready to train; the same weights for any number of ranks. A collective."""
     model, run = empty_model(config).train(), config.run
     read = weights_of(config, model)
+    if config.precision == "float8":
+        use_float8(model, device)
     if run.recompute != "none":
         recompute_blocks(model, run.recompute)
     if run.compiles_blocks:
@@ -42,4 +45,4 @@ def build_model(config: TrainingConfig, device: torch.device) -> Model:
 
 def compute_dtype(config: TrainingConfig) -> torch.dtype:
     assert config.precision != "auto", "train_model decides which it is"
-    return to_dtype(config.precision)
+    return torch.bfloat16 if config.precision == "float8" else to_dtype(config.precision)

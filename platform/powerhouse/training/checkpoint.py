@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from powerhouse.errors import ArtifactError, TrainingError
 from powerhouse.telemetry import make_logger
+from powerhouse.training.guard import Guard
 from powerhouse.training.storage import Store
 
 _PREFIX = "step_"
@@ -55,28 +56,29 @@ class Checkpoints:
             self.settle()
         self._thread.shutdown()  # waits for what is being written
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Fill model and optimiser from the newest whole checkpoint; give the steps done, 0 where there is none.
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> int:
+        """Fill model, optimiser and guard from the newest whole checkpoint; give the steps done, 0 where there is none.
 
         Raises:
             ArtifactError: there were checkpoints and none is whole, they are another run's, or they cannot be read.
         """
         step = _from_main(lambda: _choose(self._store, self._run_id), self._asking)
         if step:
-            self._load(step, model, optimizer)
+            self._load(step, model, optimizer, guard)
         return step
 
-    def _load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
         """Each rank reads its slices only."""
-        state = _state(model, optimizer)
+        state = _state(model, optimizer, guard)
         try:
             state_dict_loader.load(state, storage_reader=self._store.reader(_folder(step)))
         except (CheckpointException, OSError) as error:
             do = "delete it: the run then goes on from the one before it, or from the start"
             raise ArtifactError(f"{self._path(step)}: damaged checkpoint", got=_reason(error), do=do) from error
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        guard.load_state_dict(state["guard"])
 
-    def after_step(self, num_done: int, is_due: bool, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, num_done: int, is_due: bool, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
         """Save if it is due or if any rank was asked to stop.
 
         Raises:
@@ -85,7 +87,7 @@ class Checkpoints:
         """
         is_last = self._is_stopping()
         if is_due or is_last:
-            self.save(num_done, model, optimizer)
+            self.save(num_done, model, optimizer, guard)
         if is_last:
             self.settle()
             raise StopRequest(f"asked to stop; saved after {num_done} steps")
@@ -97,7 +99,7 @@ class Checkpoints:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._asking)
         return bool(asked.item())
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
         """Copy the state after `step` steps and begin to write it, once the save before this one is whole.
 
         Raises:
@@ -105,7 +107,7 @@ class Checkpoints:
         """
         self.settle()
         written = state_dict_saver.async_save(
-            _state(model, optimizer), storage_writer=self._store.writer(_folder(step)), process_group=self._saving
+            _state(model, optimizer, guard), storage_writer=self._store.writer(_folder(step)), process_group=self._saving
         )
         self._pending = self._thread.submit(self._commit, step, written)
 
@@ -210,9 +212,9 @@ def _folder(step: int) -> str:
     return f"{_PREFIX}{step:08d}"
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
+    return {"model": model_state, "optimizer": optimizer_state, "guard": guard.state_dict()}
 
 
 def _reason(error: BaseException) -> str:

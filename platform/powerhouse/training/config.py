@@ -36,9 +36,10 @@ class TrainingConfig(Config):
     """What is hidden from an encoder or a T5."""
     optim: OptimConfig
     """Optimiser and schedule."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16", "float8"] = "auto"
     """Type of the computation; master weights, gradient sums and the optimiser's state are always float32. `auto` is
-    bfloat16 where the processor has instructions for it, else float32; the model's manifest names the one that was used."""
+    bfloat16 where the processor has instructions for it, else float32; the model's manifest names the one that was used.
+    float16 comes with a dynamic loss scale; float8 is bfloat16 with the blocks' matrix products in 8 bits."""
     global_batch_rows: int = Field(gt=0)
     """Rows that one step learns from, over all workers."""
     num_steps: int = Field(gt=0)

@@ -30,6 +30,7 @@ from powerhouse.training.build import build_model, empty_model
 from powerhouse.training.checkpoint import Checkpoints
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.data import masks_documents, read_batches
+from powerhouse.training.guard import Guard
 from powerhouse.training.loop import train
 from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
@@ -71,6 +72,7 @@ def _make(folder: Path, config: TrainingConfig, row_length: int) -> Counts:
         "parameters": sum(parameter.numel() for parameter in empty_model(config).parameters()),
         "steps": config.num_steps,
         "tokens_seen": config.num_steps * config.global_batch_rows * method.num_positions(row_length),
+        "skipped_steps": int(sum(row["skipped"] for row in rows)),
         "final_loss": round(sum(last) / len(last), 4),
     }
 
@@ -132,12 +134,14 @@ def work(config: TrainingConfig) -> None:
         torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
     method, model = method_of(config.shape), build_model(config, device)
     optimizer = make_optimizer(model, config.optim)
+    guard = Guard(config.optim, is_scaled=config.precision == "float16")
+    objective = partial(method.objective, chunk_tokens=config.run.loss_chunk_tokens)
     run_id = (config.output / UNFINISHED).read_text(encoding="utf-8")
     with Checkpoints(config.checkpoints, run_id, config.run.keep_checkpoints, _is_asked_to_stop) as checkpoints:
-        start_step = checkpoints.resume(model, optimizer)
+        start_step = checkpoints.resume(model, optimizer, guard)
         batches = read_batches(config, start_step, dist.get_rank(), dist.get_world_size(), device)
         with Watch(config.output, start_step, config.num_steps, _ray_gauges()) as watch:
-            train(model, optimizer, method.objective, batches, config, start_step, watch, checkpoints)
+            train(model, optimizer, guard, objective, batches, config, start_step, watch, checkpoints)
     state = gather_state(model)
     if dist.get_rank() == 0:
         save_model(config.output, config.shape, state)

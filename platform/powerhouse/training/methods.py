@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from powerhouse.corpora.shards import Marks, Rows
 from powerhouse.models.decoder import Decoder, DecoderConfig
@@ -23,7 +24,6 @@ from powerhouse.training.batches import Arrays, Noise, PackedRows, causal_batch,
 from powerhouse.training.noise import Indices, SpanLengths
 from powerhouse.training.objectives import (
     Batch,
-    Objective,
     causal_language_model,
     masked_language_model,
     sequence_to_sequence,
@@ -34,7 +34,8 @@ from powerhouse.training.objectives import (
 class Method:
     config_class: type[ModelConfig]
     model_class: type[Model]
-    objective: Objective
+    objective: Callable[..., tuple[Tensor, Tensor]]
+    """An `Objective`, given also `chunk_tokens`."""
     make_batch: Callable[[PackedRows, Noise], Arrays]
     name_special_tokens: Callable[[Tokenizer, SpanLengths], list[str]]
     predicts_next: bool = False

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate."""
+"""The optimiser and its learning rate."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import math
 import torch
 from torch import nn
 
+from powerhouse.models.model import Model
+from powerhouse.training.muon import Muon
 from powerhouse.training.settings import OptimConfig
 
+OPTIMIZERS: dict[str, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW, "muon": Muon}
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Decay matrices only: a norm's weight has no reason to be small."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+
+def make_optimizer(model: Model, config: OptimConfig) -> torch.optim.AdamW:
+    """Decay matrices only: a norm's weight has no reason to be small. Muon's are those inside the blocks."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    in_blocks = {parameter for block in model.blocks().values() for parameter in block.parameters()}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.dim() == 2 and parameter in in_blocks, parameter.dim() >= 2), []).append(parameter)
+    settings = [
+        {"params": parameters, "is_matrix": is_matrix, "weight_decay": config.weight_decay if is_decayed else 0.0}
+        for (is_matrix, is_decayed), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer_class = OPTIMIZERS[config.optimizer]
+    return optimizer_class(settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

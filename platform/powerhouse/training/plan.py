@@ -16,6 +16,7 @@ from powerhouse.config import Config
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ConfigError
 from powerhouse.training.batches import Noise
+from powerhouse.training.build import compute_dtype
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.flops import DEVICES, Peak, RowFlops, count_parameters, peak_of, row_flops
 from powerhouse.training.memory import Memory, plan_memory
@@ -23,8 +24,6 @@ from powerhouse.training.methods import method_of
 from powerhouse.training.noise import SpanLengths
 from powerhouse.training.objectives import Batch
 from powerhouse.training.sharding import blocks_of
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PlanSettings(Config):
@@ -115,7 +114,7 @@ def make_plan(config: PlanConfig, row_length: int) -> Plan:
 
 def _dtype(config: PlanConfig) -> torch.dtype:
     if config.precision != "auto":
-        return _DTYPES[config.precision]
+        return compute_dtype(config)
     return torch.bfloat16 if computes_bfloat16("cuda" if config.run.use_gpu else "cpu") else torch.float32
 
 

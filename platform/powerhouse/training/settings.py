@@ -10,7 +10,11 @@ from powerhouse.config import Config, storage_root
 
 
 class OptimConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019) under a schedule with warm-up."""
+    """The optimiser, under a schedule with warm-up."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: Loshchilov and Hutter 2019. muon: the blocks' matrices by Muon (Jordan et al. 2024), the rest by AdamW, all at
+    the same rate."""
 
     lr: float = Field(gt=0)
     """Highest learning rate."""
@@ -33,6 +37,15 @@ class OptimConfig(Config):
     """Added to the root of the squared gradient's mean."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Longest gradient, in the 2-norm over all parameters."""
+    skip_spikes_sigma: float | None = Field(default=None, gt=0)
+    """Skip a step whose loss or gradient norm is this many standard deviations above the mean of the newest steps; 6 is usual
+    (OLMo Team 2024). None: skip none."""
+    spike_window_steps: int = Field(default=128, ge=4)
+    """How many newest steps those are; nothing is skipped before half as many are known."""
+    loss_scale: float = Field(default=16.0, gt=0)
+    """float16: the first scale of the loss, which is a sum over tokens; halved at each overflow, and that step skipped."""
+    loss_scale_growth_steps: int = Field(default=2000, gt=0)
+    """float16: steps without an overflow after which the scale is doubled."""
 
 
 class RunConfig(Config):
@@ -68,6 +81,8 @@ class RunConfig(Config):
     2016): least memory, about a third more work. selective: all but the results of matrix products and of attention."""
     compiles_blocks: bool = False
     """Compile each block with torch.compile: faster on a GPU, after a first step of minutes."""
+    loss_chunk_tokens: int | None = Field(default=None, gt=0)
+    """Tokens whose logits are in memory at once, and computed again in the backward pass; None: all of a micro-batch."""
     max_failures: int = Field(default=2, ge=0)
     """How often lost workers are replaced before the run gives up."""
 
