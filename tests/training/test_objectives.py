@@ -52,7 +52,7 @@ def steps_of(config: TrainingConfig) -> list[dict[str, Any]]:
 def test_the_loss_in_chunks_has_the_same_gradients_and_never_more_logits_than_a_chunk(
     tmp_path: Path, shape: dict[str, Any]
 ) -> None:
-    for whole, chunked in run_on_ranks(2, steps_of, make_config(tmp_path, model=shape)):
+    for whole, chunked in run_on_ranks(2, steps_of, make_config(tmp_path, model=shape, run={"micro_batch_rows": 4})):
         torch.testing.assert_close(chunked["loss"], whole["loss"], rtol=1e-6, atol=0)
         for name, gradient in whole["gradients"].items():
             torch.testing.assert_close(chunked["gradients"][name], gradient, rtol=1e-5, atol=1e-7, msg=name)

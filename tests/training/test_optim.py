@@ -59,4 +59,4 @@ def test_a_new_rate_reaches_every_group() -> None:
 
     set_learning_rate(optimizer, 0.03)
 
-    assert [group["lr"] for group in optimizer.param_groups] == [0.03, 0.03]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.03] * 3

@@ -39,6 +39,7 @@ class Muon(torch.optim.AdamW):
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
+            state["step"] = torch.zeros(())  # not used, but AdamW asks every loaded state for one
             state["momentum_buffer"] = torch.zeros_like(gradient)
         mean = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
         direction = _on_whole_matrix(gradient.lerp(mean, self.momentum))
