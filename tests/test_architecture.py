@@ -17,7 +17,7 @@ PACKAGE = ROOT / "platform" / "powerhouse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [path for folder in ("jobs", "serve_apps", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 
-COMMON = {"artifacts", "chat", "config", "device", "errors", "job", "packages", "session", "telemetry", "tokenizer"}
+COMMON = {"artifacts", "chat", "config", "device", "errors", "heldout", "job", "packages", "session", "telemetry", "tokenizer"}
 MAY_IMPORT = {
     "corpora": set(),
     "models": set(),

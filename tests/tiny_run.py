@@ -106,7 +106,7 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any 
             end = config.num_steps if stop_after is None else start + stop_after
             batches = read_batches(config, start, dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
             batches = telling(batches, range(start, end), lambda step: asked.append(bool(events and events(step))))
-            with Watch(config.output, start, config.num_steps) as watch:
+            with Watch(config, model, start) as watch:
                 train(model, optimizer, guard, method_of(config.shape).objective, batches, config, start, watch, checkpoints)
     except (StopIteration, StopRequest, PowerhouseError) as error:
         return f"{type(error).__name__}: {error}"

@@ -38,7 +38,7 @@ def _draw_curves(rows: list[dict[str, Any]]) -> Markup:
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     steps = [row["step"] + 1 for row in rows]
     for axes, (name, title) in zip(figure.subplots(1, 3), _CURVES.items(), strict=True):
-        axes.plot(steps, [row[name] for row in rows], linewidth=1.5)
+        axes.plot(steps, [row.get(name, float("nan")) for row in rows], linewidth=1.5)
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -20,7 +20,7 @@ def progress(name: str, total: float | None, unit: str) -> tqdm[Any]:
     """Make a progress bar on standard error: live on a terminal, a line every ten seconds in a job's log."""
     if sys.stderr.isatty():
         return tqdm(desc=name, total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
-    return tqdm(desc=name, total=total, unit=unit, unit_scale=True, ncols=100, ascii=" -=#", mininterval=10, file=_Lines())
+    return tqdm(desc=name, total=total, unit=unit, unit_scale=True, ncols=120, ascii=" -=#", mininterval=10, file=_Lines())
 
 
 class _Lines:
@@ -47,7 +47,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._gauge = gauge
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._gauge:
             for name, value in values.items():

@@ -18,8 +18,9 @@ from fakes import TEXTS, tiny_tokenizer, write_tiny_model
 from powerhouse import artifacts
 from powerhouse.artifacts import Counts
 from powerhouse.errors import InputError, ModelFormatError
-from powerhouse.evaluation.launch import EvaluationConfig, evaluate_model, read_heldout
+from powerhouse.evaluation.launch import EvaluationConfig, evaluate_model
 from powerhouse.evaluation.perplexity import nats_of_documents
+from powerhouse.heldout import read_heldout
 from powerhouse.models.hub import load_decoder
 from tiny_run import write_tokens
 

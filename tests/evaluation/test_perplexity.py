@@ -10,13 +10,8 @@ import torch
 import transformers
 
 from fakes import TEXTS, tiny_decoder, tiny_tokenizer, write_tiny_model
-from powerhouse.evaluation.perplexity import (
-    bits_per_byte,
-    cut_into_windows,
-    nats_of_documents,
-    unigram_nats,
-    xz_bits_per_byte,
-)
+from powerhouse.evaluation.perplexity import nats_of_documents, unigram_nats, xz_bits_per_byte
+from powerhouse.heldout import bits_per_byte, cut_into_windows
 from powerhouse.models.hub import load_decoder
 
 

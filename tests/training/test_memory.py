@@ -26,11 +26,11 @@ from tiny_run import make_config, sharded_model
 NUM_POSITIONS = 192
 
 
-def wide_config(folder: Path, precision: str, *, recomputes_blocks: bool) -> TrainingConfig:
+def wide_config(folder: Path, precision: str, recompute: str) -> TrainingConfig:
     shape = tiny_config(
         vocab_size=2000, hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32, max_position_embeddings=256
     )
-    run = {"micro_batch_rows": 4, "cpus_per_worker": 1, "recompute": "full" if recomputes_blocks else "none"}
+    run = {"micro_batch_rows": 4, "cpus_per_worker": 1, "recompute": recompute}
     return make_config(folder, model=shape.model_dump(), precision=precision, global_batch_rows=8, run=run)
 
 
@@ -49,7 +49,7 @@ def planned(config: TrainingConfig, num_workers: int) -> Memory:
         ids(config.run.micro_batch_rows, "meta"),
         num_workers=num_workers,
         dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision],
-        recomputes_blocks=config.run.recompute == "full",
+        recompute=config.run.recompute,
     )
 
 
@@ -67,11 +67,13 @@ def allocate(config: TrainingConfig, folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "recomputes_blocks", "num_workers"), [("float32", True, 1), ("bfloat16", False, 2)])
+@pytest.mark.parametrize(
+    ("precision", "recompute", "num_workers"), [("float32", "full", 1), ("float32", "selective", 1), ("bfloat16", "none", 2)]
+)
 def test_a_step_allocates_what_was_foretold_and_no_more(
-    tmp_path: Path, precision: str, recomputes_blocks: bool, num_workers: int
+    tmp_path: Path, precision: str, recompute: str, num_workers: int
 ) -> None:
-    config = wide_config(tmp_path, precision, recomputes_blocks=recomputes_blocks)
+    config = wide_config(tmp_path, precision, recompute)
 
     measured = max(run_on_ranks(num_workers, allocate, config, tmp_path))
 
@@ -81,7 +83,7 @@ def test_a_step_allocates_what_was_foretold_and_no_more(
 
 @pytest.mark.gpu
 def test_a_gpu_allocates_what_was_foretold_and_no_more(tmp_path: Path) -> None:
-    config = wide_config(tmp_path, "bfloat16", recomputes_blocks=False)
+    config = wide_config(tmp_path, "bfloat16", "none")
     method, device = method_of(config.shape), torch.device("cuda", 0)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from pydantic import Field
@@ -24,9 +23,10 @@ from powerhouse.artifacts import Artifact, Counts
 from powerhouse.config import Config, StoragePath
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.device import DeviceName, DtypeName, choose_device, to_dtype
-from powerhouse.errors import ClusterError, InputError
-from powerhouse.evaluation.perplexity import bits_per_byte, nats_of_documents, unigram_nats, xz_bits_per_byte
+from powerhouse.errors import ClusterError
+from powerhouse.evaluation.perplexity import nats_of_documents, unigram_nats, xz_bits_per_byte
 from powerhouse.evaluation.score import Score, make_score, make_signature
+from powerhouse.heldout import HELDOUT, bits_per_byte, read_heldout
 from powerhouse.models.hub import load_decoder, read_config
 from powerhouse.session import connect
 from powerhouse.telemetry import progress
@@ -34,7 +34,6 @@ from powerhouse.tokenizer import FILE as TOKENIZER_FILE
 from powerhouse.tokenizer import Tokenizer
 
 SCORES = "scores.json"
-_HELDOUT = "heldout"
 
 
 class EvaluationConfig(Config):
@@ -79,7 +78,7 @@ def evaluate_model(config: EvaluationConfig) -> Artifact:
 
 
 def _make(folder: Path, config: EvaluationConfig) -> Counts:
-    texts = read_heldout(config.corpus / _HELDOUT)
+    texts = read_heldout(config.corpus / HELDOUT)
     num_bytes = np.array([len(text.encode()) for text in texts], dtype=np.float64)
     scores = {
         "bits_per_byte": _score_model(config, texts, num_bytes),
@@ -90,23 +89,6 @@ def _make(folder: Path, config: EvaluationConfig) -> Counts:
     artifacts.write_atomically(folder / SCORES, json.dumps(plain, indent=2) + "\n")
     sizes = {"documents": len(texts), "bytes": int(num_bytes.sum())}
     return sizes | {name: round(score.value, 4) for name, score in scores.items()}
-
-
-def read_heldout(directory: Path) -> list[str]:
-    """Texts of the held-out documents that are not empty.
-
-    Raises:
-        InputError: there is none, or a file is damaged.
-    """
-    paths = sorted(directory.glob("*.parquet"))
-    try:
-        columns = [pq.read_table(path, columns=["text"]).column("text").to_pylist() for path in paths]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{directory}: damaged held-out documents", got=error, do="run jobs/curate_corpus.py again") from None
-    texts = [text for column in columns for text in column if text]
-    if not texts:
-        raise InputError(f"{directory}: no held-out documents", do="raise the held-out share of the corpus")
-    return texts
 
 
 def _score_model(config: EvaluationConfig, texts: list[str], num_bytes: npt.NDArray[np.float64]) -> Score:

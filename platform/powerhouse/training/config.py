@@ -17,7 +17,7 @@ from powerhouse.models.model import ModelConfig
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.batches import Noise
 from powerhouse.training.methods import METHODS, make_shape, method_of
-from powerhouse.training.settings import NoiseConfig, OptimConfig, RunConfig
+from powerhouse.training.settings import NoiseConfig, OptimConfig, RunConfig, WatchConfig
 from powerhouse.training.storage import Store
 
 
@@ -51,6 +51,8 @@ class TrainingConfig(Config):
     """Of the fresh weights and of the order of the rows."""
     run: RunConfig
     """How the work is spread and saved."""
+    watch: WatchConfig = WatchConfig()
+    """What is seen of it while it goes on."""
 
     @model_validator(mode="after")
     def _has_a_model(self) -> TrainingConfig:

@@ -35,7 +35,8 @@ from powerhouse.training.loop import train
 from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
 from powerhouse.training.sharding import gather_state
-from powerhouse.training.watch import METRICS, Watch
+from powerhouse.training.summary import write_summary
+from powerhouse.training.watch import METRICS, Watch, check_watch
 
 
 def train_model(config: TrainingConfig) -> Artifact:
@@ -48,12 +49,13 @@ def train_model(config: TrainingConfig) -> Artifact:
     tokens = Artifact.open(config.tokens, "tokens")
     config = read_shape(config)
     check(config, tokens)
+    check_watch(config)
     if config.precision == "auto":
         is_fast = computes_bfloat16("cuda" if config.run.use_gpu else "cpu")
         config = config.model_copy(update={"precision": "bfloat16" if is_fast else "float32"})
     tells_learned = "num_learned_tokens" in tokens.manifest.counts
     config = config.model_copy(update={"masks_documents": masks_documents(config, tells_learned=tells_learned)})
-    settings = config.model_dump(mode="json", exclude={"tokens", "output", "run", "start_from"})
+    settings = config.model_dump(mode="json", exclude={"tokens", "output", "run", "watch", "start_from"})
     inputs: dict[str, Artifact | str] = {"tokens": tokens}
     if config.start_from:
         inputs["start_from"] = artifacts.identify(config.start_from, "model")
@@ -66,10 +68,12 @@ def _make(folder: Path, config: TrainingConfig, row_length: int) -> Counts:
     method, tokenizer = method_of(config.shape), Tokenizer.load(config.tokens)
     tokenizer.add_special_tokens(config.make_noise(tokenizer, row_length).special_tokens)
     tokenizer.save(folder)
+    parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    write_summary(folder, config, Artifact.open(config.tokens, "tokens"), parameters)
     rows = read_metrics(folder / METRICS)
     last = [row["loss"] for row in rows[-max(len(rows) // 10, 1) :]]
     return {
-        "parameters": sum(parameter.numel() for parameter in empty_model(config).parameters()),
+        "parameters": parameters,
         "steps": config.num_steps,
         "tokens_seen": config.num_steps * config.global_batch_rows * method.num_positions(row_length),
         "skipped_steps": int(sum(row["skipped"] for row in rows)),
@@ -140,7 +144,7 @@ def work(config: TrainingConfig) -> None:
     with Checkpoints(config.checkpoints, run_id, config.run.keep_checkpoints, _is_asked_to_stop) as checkpoints:
         start_step = checkpoints.resume(model, optimizer, guard)
         batches = read_batches(config, start_step, dist.get_rank(), dist.get_world_size(), device)
-        with Watch(config.output, start_step, config.num_steps, _ray_gauges()) as watch:
+        with Watch(config, model, start_step, _ray_gauges()) as watch:
             train(model, optimizer, guard, objective, batches, config, start_step, watch, checkpoints)
     state = gather_state(model)
     if dist.get_rank() == 0:

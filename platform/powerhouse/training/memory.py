@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from powerhouse.training.objectives import Batch, Objective
 
 _FP32 = 4
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def plan_memory(
     *,
     num_workers: int,
     dtype: torch.dtype,
-    recomputes_blocks: bool,
+    recompute: Recompute,
 ) -> Memory:
     """Of a model and a micro-batch on the meta device, fully sharded over `num_workers`; the model's type is changed."""
     whole = sum(p.numel() for p in model.parameters())
@@ -67,12 +68,12 @@ def plan_memory(
         # Whole in memory: what is outside the blocks all the time, a block and the next one; the gradient of what is outside
         # and of a block; and what of it is being gathered or reduced.
         gathered=size * (2 * root + 3 * largest) + _FP32 * max(root, largest),
-        activations=activation_bytes(model.to(dtype), blocks, objective, batch, recomputes_blocks=recomputes_blocks),
+        activations=activation_bytes(model.to(dtype), blocks, objective, batch, recompute),
     )
 
 
 def activation_bytes(
-    model: nn.Module, blocks: list[nn.Module], objective: Objective, batch: Batch, *, recomputes_blocks: bool
+    model: nn.Module, blocks: list[nn.Module], objective: Objective, batch: Batch, recompute: Recompute
 ) -> int:
     """Bytes kept for the backward pass of this batch, and for the gradient of the largest tensor of it."""
     kept = _Kept({parameter.untyped_storage()._cdata for parameter in model.parameters()})
@@ -80,15 +81,19 @@ def activation_bytes(
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(kept.enter).remove)
             stack.callback(block.register_forward_hook(kept.leave).remove)
+            for module in block.modules():
+                if isinstance(module, nn.Linear):
+                    stack.callback(module.register_forward_hook(kept.add_product).remove)
         stack.enter_context(saved_tensors_hooks(kept.keep, lambda tensor: tensor))
-        stack.enter_context(_FusedAttention())
+        stack.enter_context(_FusedAttention(kept))
         objective(model, batch)
     largest = max(kept.sizes)
     at_loss = kept.outside + 2 * largest  # the gradient of the loss, and the same in the type before it
-    if not recomputes_blocks:
+    if recompute == "none":
         return at_loss + sum(kept.inside)
+    all_along = len(kept.inside) * kept.block_input + (kept.products if recompute == "selective" else 0)
     # What the loss kept is gone when the last block is computed again.
-    return len(kept.inside) * kept.block_input + max(at_loss, kept.outside - largest + max(kept.inside))
+    return all_along + max(at_loss, kept.outside - largest + max(kept.inside))
 
 
 class _Kept:
@@ -97,7 +102,7 @@ class _Kept:
     def __init__(self, parameters: set[int]) -> None:
         self.inside: list[int] = []
         self.outside = 0
-        self.block_input = 0
+        self.block_input = self.products = 0
         self.sizes: list[int] = []
         self._known = parameters
         self._is_inside = False
@@ -109,6 +114,10 @@ class _Kept:
 
     def leave(self, block: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         self._is_inside = False
+
+    def add_product(self, module: nn.Module | None, arguments: Any, output: Tensor) -> None:
+        """Count a result that selective recomputation does not compute again."""
+        self.products += output.numel() * output.element_size()
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -123,11 +132,17 @@ class _Kept:
 
 
 class _FusedAttention(TorchFunctionMode):
+    def __init__(self, kept: _Kept) -> None:
+        super().__init__()
+        self._kept = kept
+
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), options: Any = None
     ) -> Any:
         if function is F.scaled_dot_product_attention:
-            return _FusedKernel.apply(*arguments[:3])  # type: ignore[no-untyped-call]
+            out = _FusedKernel.apply(*arguments[:3])  # type: ignore[no-untyped-call]
+            self._kept.add_product(None, arguments, out)
+            return out
         return function(*arguments, **(options or {}))
 
 

@@ -93,10 +93,10 @@ def make_plan(config: PlanConfig, row_length: int) -> Plan:
     method = method_of(config.shape)
     with torch.device("meta"):
         model = method.model_class(config.shape)
-    batch = _empty_batch(config, row_length)
+    batch = empty_batch(config, row_length)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     flops = row_flops(model, {name: tensor.shape[1] for name, tensor in batch.items()})
-    dtype, (where, room, peak) = _dtype(config), _worker(config)
+    dtype, (where, room, peak) = dtype_of(config), _worker(config)
     parameters = count_parameters(model)
     memory = plan_memory(
         model,
@@ -105,20 +105,20 @@ def make_plan(config: PlanConfig, row_length: int) -> Plan:
         batch,
         num_workers=config.run.workers_per_copy or config.run.num_workers,
         dtype=dtype,
-        recomputes_blocks=config.run.recompute == "full",  # selective: as if nothing were computed again, an upper bound
+        recompute=config.run.recompute,
     )
     if config.run.accumulate == "deferred":
         memory = replace(memory, gradients=trained * torch.float32.itemsize)
     return Plan(parameters, trained, flops, method.num_positions(row_length), memory, room, where, peak)
 
 
-def _dtype(config: PlanConfig) -> torch.dtype:
+def dtype_of(config: TrainingConfig) -> torch.dtype:
     if config.precision != "auto":
         return compute_dtype(config)
     return torch.bfloat16 if computes_bfloat16("cuda" if config.run.use_gpu else "cpu") else torch.float32
 
 
-def _empty_batch(config: PlanConfig, row_length: int) -> Batch:
+def empty_batch(config: TrainingConfig, row_length: int) -> Batch:
     """A micro-batch as the run's method makes it, on the meta device."""
     method, noise = method_of(config.shape), config.noise
     num_spans = SpanLengths.of(row_length, noise.share, noise.mean_span).num_spans
@@ -135,7 +135,7 @@ def _worker(config: PlanConfig) -> tuple[str, float, Peak]:
     if not config.run.use_gpu:
         if name is not None:
             raise ConfigError("plan.device: a GPU, but run.use_gpu is off", got=name, do="run.use_gpu=true")
-        peak = peak_of(torch.device("cpu"), _dtype(config))
+        peak = peak_of(torch.device("cpu"), dtype_of(config))
         assert peak is not None, "a CPU's peak is measured"
         return "its share of this machine", psutil.virtual_memory().total / config.run.num_workers * share, peak
     if name is None or name not in DEVICES:
@@ -161,7 +161,7 @@ def _changes(config: PlanConfig, plan: Plan) -> Iterator[tuple[str, int]]:
     row_length = plan.num_positions + method_of(config.shape).predicts_next
     least: dict[str, Any] = {"micro_batch_rows": 1, "recompute": "full"}
     memory = plan.memory
-    for change in ({"micro_batch_rows": 1}, {"recompute": "full"}, least):
+    for change in ({"recompute": "selective"}, {"micro_batch_rows": 1}, {"recompute": "full"}, least):
         changed = config.model_copy(update={"run": config.run.model_copy(update=change)})
         memory = make_plan(changed, row_length).memory
         yield _as_overrides(change), memory.total

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from powerhouse.config import Config, storage_root
+from powerhouse.config import Config, StoragePath, storage_root
 
 
 class OptimConfig(Config):
@@ -99,3 +99,39 @@ class NoiseConfig(Config):
     """Share of a row's tokens that are hidden."""
     mean_span: float = Field(default=3.0, ge=1)
     """Mean length of a hidden span of a T5, in tokens."""
+
+
+class MlflowConfig(Config):
+    """An MLflow server, or whatever else a tracking URI can name."""
+
+    tracking_uri: str = Field(min_length=1)
+    """Such as http://mlflow.example:5000."""
+    experiment: str = "powerhouse"
+    """Made where it is not there."""
+    run_name: str | None = None
+    """By default the name of the output folder."""
+
+
+class WatchConfig(Config):
+    """What is seen of a run while it goes on; it changes neither the result nor what the result is known by."""
+
+    log_every: int = Field(default=1, gt=0)
+    """Steps between two lines of metrics.jsonl, and of all that shows the same."""
+    tensorboard: bool = True
+    """Event files in the output's tensorboard/, for `tensorboard --logdir`."""
+    mlflow: MlflowConfig | None = None
+    """Where an MLflow run is told of the same; needs the extra `mlflow`."""
+    look_every: int = Field(default=100, gt=0)
+    """Steps between two looks at held-out text and at samples; the last step is looked at too."""
+    heldout: StoragePath | None = None
+    """Corpus artifact whose held-out documents are scored, in bits per byte."""
+    num_heldout: int = Field(default=64, gt=0)
+    """Documents of it that are scored: the first."""
+    prompts: tuple[str, ...] = ()
+    """Texts that the model goes on from, taking the likeliest token each time."""
+    sample_tokens: int = Field(default=40, gt=0)
+    """Tokens that it goes on for."""
+    declared_watts: float | None = Field(default=None, gt=0)
+    """Power of a worker's device, for the energy where neither NVML nor RAPL measures it."""
+    grid_g_per_kwh: float | None = Field(default=None, ge=0)
+    """Grams of CO2 equivalent for a kilowatt-hour where the nodes stand; without it there is no CO2 figure."""
