@@ -181,10 +181,11 @@ def ours(part: str, folder: Path) -> dict[str, Any]:
             place = index.column_names.index("reason")
             index = index.set_column(place, "reason", pa.array(reasons, type=pa.string()))
     with clock.step("write"):
-        kept = index.filter(pc.is_null(index["reason"]))["order"]
-        table = dataset.to_table(columns=["order", "text"], filter=pc.field("order").isin(kept)).sort_by("order")
+        kept = pc.is_null(index["reason"])
+        is_kept = pc.field("order").isin(index["order"].filter(kept))
+        table = dataset.to_table(columns=["order", "text"], filter=is_kept).sort_by("order")
         pq.write_table(table, folder / "kept.parquet", compression="zstd")
-    return clock.answer(kept=kept.to_pylist(), twins=twins)
+    return clock.answer(kept=pc.indices_nonzero(kept).to_pylist(), twins=twins)
 
 
 def explain(found: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
