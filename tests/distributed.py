@@ -29,4 +29,5 @@ def _enter(rank: int, num_ranks: int, folder: str, function: Callable[..., Any],
     try:
         torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

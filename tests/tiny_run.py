@@ -94,7 +94,7 @@ def method_batch(config: TrainingConfig, num_rows: int = 8) -> Batch:
 def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any = None) -> str | None:
     """Train on this rank, resuming where a checkpoint is; `stop_after` batches the data ends, as if the run was killed.
 
-    `events(step)` is called before each step's batch is made; it may return True to ask the run to stop.
+    `events(step, batch)` is called before each step; it may return True to ask the run to stop.
     """
     config.output.mkdir(parents=True, exist_ok=True)
     asked: list[bool] = []
@@ -105,7 +105,9 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any 
             start = checkpoints.resume(model, optimizer, guard)
             end = config.num_steps if stop_after is None else start + stop_after
             batches = read_batches(config, start, dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-            batches = telling(batches, range(start, end), lambda step: asked.append(bool(events and events(step))))
+            batches = telling(
+                batches, range(start, end), lambda step, batch: asked.append(bool(events and events(step, batch)))
+            )
             with Watch(config, model, start) as watch:
                 train(model, optimizer, guard, method_of(config.shape).objective, batches, config, start, watch, checkpoints)
     except (StopIteration, StopRequest, PowerhouseError) as error:
@@ -116,10 +118,11 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any 
     return None
 
 
-def telling(batches: Iterator[Batch], steps: range, tell: Callable[[int], None]) -> Iterator[Batch]:
+def telling(batches: Iterator[Batch], steps: range, tell: Callable[[int, Batch], None]) -> Iterator[Batch]:
     for step in steps:
-        tell(step)
-        yield next(batches)
+        batch = next(batches)
+        tell(step, batch)
+        yield batch
 
 
 def losses(config: TrainingConfig) -> list[float]:

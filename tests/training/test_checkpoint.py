@@ -19,6 +19,7 @@ from powerhouse.models.hub import load_decoder
 from powerhouse.training.checkpoint import Checkpoints, whole_steps
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.guard import Guard
+from powerhouse.training.objectives import Batch
 from powerhouse.training.storage import Store
 from s3 import S3Server, start_server, variables
 from tiny_run import losses, make_config, run_loop, sharded_model, write_tokens
@@ -66,7 +67,7 @@ def test_a_run_that_is_asked_to_stop_on_one_rank_saves_at_once_on_all_and_goes_o
     assert losses(config) == losses(whole)
 
 
-def is_asked_on_rank_1(at_step: int, step: int) -> bool:
+def is_asked_on_rank_1(at_step: int, step: int, batch: Batch) -> bool:
     return dist.get_rank() == 1 and step == at_step
 
 
@@ -216,7 +217,7 @@ def test_a_store_that_is_lost_halfway_ends_the_run_on_every_rank_and_the_checkpo
     assert run_on_ranks(2, run_loop, config) == [None, None]
 
 
-def refuse_before(server: S3Server, at_step: int, step: int) -> None:
+def refuse_before(server: S3Server, at_step: int, step: int, batch: Batch) -> None:
     if step == at_step and dist.get_rank() == 0:
         server.refuse_all_keys()
 

@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
             {"run": {"checkpoints": "gopher://host/a"}},
             r"run\.checkpoints: .*\n  got: gopher://host/a .*\n  allowed: a path, s3://",
         ),
+        ({"run": {"num_workers": 4, "min_workers": 3}}, r"run\.num_workers: .*\n  got: 3 with .*\n  allowed: 1, 2, 4$"),
         ({"run": {"micro_batch_rows": 3}}, r"run\.micro_batch_rows: .*\n  got: 3 with .*\n  allowed: 1, 2, 4, 8$"),
         ({"model": tiny_config(vocab_size=299).model_dump()}, r"model\.vocab_size: .*\n  got: 299\n  allowed: 300 or more"),
         (
@@ -51,6 +52,7 @@ def test_settings_that_do_not_fit_name_what_would(tmp_path: Path, changes: dict[
             "int8",
             "precision: got 'int8'; allowed: input should be 'auto', 'float32', 'bfloat16', 'float16' or 'float8'",
         ),
+        ("run", {"micro_batch_rows": 1, "min_workers": 2}, "run: .*; allowed: min_workers up to num_workers, which is 1"),
         ("num_steps", 0, "num_steps: got 0; allowed: input should be greater than 0"),
         ("tokens", None, "tokens: got None"),
     ],

@@ -71,6 +71,15 @@ class TrainingConfig(Config):
         """Folder or URI of the run's checkpoints."""
         return self.run.checkpoints or str(self.output / "checkpoints")
 
+    def can_share(self, num_workers: int) -> bool:
+        """Whether so many workers can take equal parts of a step, in whole micro-batches and whole copies of the model."""
+        is_even = self.global_batch_rows % (num_workers * self.run.micro_batch_rows) == 0
+        return is_even and num_workers % (self.run.workers_per_copy or 1) == 0
+
+    def usable_workers(self, num_there: int) -> int:
+        """How many of the workers that are there can share a step."""
+        return max(number for number in range(1, num_there + 1) if self.can_share(number))
+
     @property
     def rows_per_worker(self) -> int:
         """Rows of one step that one worker sees."""

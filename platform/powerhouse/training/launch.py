@@ -21,7 +21,7 @@ from ray.util.metrics import Gauge as RayGauge
 from powerhouse import artifacts
 from powerhouse.artifacts import UNFINISHED, Artifact, Counts
 from powerhouse.device import computes_bfloat16
-from powerhouse.errors import ClusterError, PowerhouseError, TrainingError
+from powerhouse.errors import ArtifactError, ClusterError, PowerhouseError, TrainingError
 from powerhouse.models.hub import save_model
 from powerhouse.session import connect
 from powerhouse.telemetry import Gauge, read_metrics
@@ -37,6 +37,7 @@ from powerhouse.training.optim import make_optimizer
 from powerhouse.training.sharding import gather_state
 from powerhouse.training.summary import write_summary
 from powerhouse.training.watch import METRICS, Watch, check_watch
+from powerhouse.training.workers import shrink_group
 
 
 def train_model(config: TrainingConfig) -> Artifact:
@@ -89,9 +90,9 @@ def _run_workers(config: TrainingConfig) -> None:
     """Run `work` on every worker; lost workers are replaced, and the new group goes on from the last checkpoint."""
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     connect("train", shows_workers=True)
-    run = config.run
+    run, fewest = config.run, config.run.min_workers or config.run.num_workers
     scaling = ray.train.ScalingConfig(
-        num_workers=run.num_workers,
+        num_workers=(fewest, run.num_workers) if fewest < run.num_workers else run.num_workers,
         use_gpu=run.use_gpu,
         resources_per_worker={"CPU": run.cpus_per_worker, "train": 0.001, **({"GPU": 1} if run.use_gpu else {})},
     )
@@ -114,19 +115,39 @@ def _run_workers(config: TrainingConfig) -> None:
         raise result.return_value
 
 
+_OUT_OF_MEMORY = ("OutOfMemory", "MemoryError", "out of memory", "can't allocate memory", "memory monitor")
+
+
 def _explain(error: ray.train.TrainingFailedError, max_failures: int) -> PowerhouseError:
     if isinstance(error, ray.train.ControllerError):
         return ClusterError("the workers could not be started", got=error, do="see `ray status` for what is free")
+    failures = list(error.worker_failures.values()) if isinstance(error, ray.train.WorkerGroupError) else []
+    if own := next((failure for failure in failures if isinstance(failure, PowerhouseError)), None):
+        return own
+    if any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        return TrainingError(
+            f"a worker ran out of memory {max_failures + 1} times",
+            got=_last_line(error),
+            do="lower run.micro_batch_rows, set run.recompute=full, or raise run.num_workers to shard the model over more",
+        )
     return TrainingError(
         f"workers failed {max_failures + 1} times", got=error, do="run the job again: it goes on from the last checkpoint"
     )
 
 
+def _last_line(error: Exception) -> str:
+    """The line of a worker's traceback that names the memory."""
+    return next(line.strip() for line in reversed(str(error).splitlines()) if any(sign in line for sign in _OUT_OF_MEMORY))
+
+
 def _work_or_tell(arguments: dict[str, TrainingConfig]) -> PowerhouseError | None:
-    """Return our own errors instead of raising them: Ray would start new workers, which would meet the same error."""
+    """Return the errors that all ranks meet at once: raised, Ray would start new workers, which would meet them again.
+
+    Another error is one rank's: it is raised, for the others wait for that rank, and Ray ends them.
+    """
     try:
         work(arguments["config"])
-    except PowerhouseError as error:
+    except (TrainingError, ArtifactError) as error:
         return error
     return None
 
@@ -136,6 +157,8 @@ def work(config: TrainingConfig) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
+    if not shrink_group(config.usable_workers(dist.get_world_size())):
+        return
     method, model = method_of(config.shape), build_model(config, device)
     optimizer = make_optimizer(model, config.optim)
     guard = Guard(config.optim, is_scaled=config.precision == "float16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from powerhouse.config import Config, StoragePath, storage_root
 
@@ -53,6 +53,9 @@ class RunConfig(Config):
 
     num_workers: int = Field(default=1, gt=0)
     """Training processes; the model is sharded over them."""
+    min_workers: int | None = Field(default=None, gt=0)
+    """Fewest workers to go on with while the cluster has no room for `num_workers`; by default none fewer. The global batch
+    stays the same: each worker takes more of it. Of a number that cannot share it the surplus workers stay idle."""
     workers_per_copy: int | None = Field(default=None, gt=0)
     """Workers that hold one copy of the model between them; all by default. Fewer, such as the GPUs of a node: several copies,
     whose gradients are summed once a step (hybrid sharding). 1: plain replication."""
@@ -86,10 +89,16 @@ class RunConfig(Config):
     max_failures: int = Field(default=2, ge=0)
     """How often lost workers are replaced before the run gives up."""
 
+    @model_validator(mode="after")
+    def _has_a_range(self) -> RunConfig:
+        if self.min_workers and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers up to num_workers, which is {self.num_workers}")
+        return self
+
     @property
-    def worker_counts(self) -> range:
-        """Every number of workers that the run may have."""
-        return range(self.num_workers, self.num_workers + 1)
+    def worker_counts(self) -> list[int]:
+        """Fewest and most workers of the run."""
+        return sorted({self.min_workers or self.num_workers, self.num_workers})
 
 
 class NoiseConfig(Config):
