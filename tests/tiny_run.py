@@ -63,6 +63,7 @@ def make_config(folder: Path, **changes: Any) -> TrainingConfig:
         "global_batch_rows": 8,
         "num_steps": 6,
         "run": run | changes.pop("run", {}),
+        "watch": {"tensorboard": False} | changes.pop("watch", {}),
     }
     return TrainingConfig.model_validate(values | changes)
 

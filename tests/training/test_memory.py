@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,34 @@ from powerhouse.training.build import build_model
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.guard import Guard
 from powerhouse.training.loop import train_step
-from powerhouse.training.memory import Memory, plan_memory
+from powerhouse.training.memory import Memory
 from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
-from powerhouse.training.sharding import blocks_of
+from powerhouse.training.plan import PlanConfig, make_plan
 from tiny_run import make_config, sharded_model
 
 NUM_POSITIONS = 192
 
 
-def wide_config(folder: Path, precision: str, recompute: str) -> TrainingConfig:
+def wide_config(folder: Path, precision: str, num_workers: int, **changes: Any) -> PlanConfig:
     shape = tiny_config(
         vocab_size=2000, hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32, max_position_embeddings=256
     )
-    run = {"micro_batch_rows": 4, "cpus_per_worker": 1, "recompute": recompute}
-    return make_config(folder, model=shape.model_dump(), precision=precision, global_batch_rows=8, run=run)
+    run = {"micro_batch_rows": 4, "num_workers": num_workers, "cpus_per_worker": 1} | changes
+    config = make_config(folder, model=shape.model_dump(), precision=precision, global_batch_rows=8, run=run)
+    return PlanConfig.model_validate(config.model_dump())
 
 
 def ids(num_rows: int, device: str) -> dict[str, torch.Tensor]:
     return dict.fromkeys(("inputs", "labels"), torch.ones(num_rows, NUM_POSITIONS, dtype=torch.long, device=device))
 
 
-def planned(config: TrainingConfig, num_workers: int) -> Memory:
-    method = method_of(config.shape)
-    with torch.device("meta"):
-        model = method.model_class(config.shape)
-    return plan_memory(
-        model,
-        blocks_of(model),
-        method.objective,
-        ids(config.run.micro_batch_rows, "meta"),
-        num_workers=num_workers,
-        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision],
-        recompute=config.run.recompute,
-    )
+def foretell(config: PlanConfig) -> Memory:
+    return make_plan(config, NUM_POSITIONS + 1).memory
+
+
+def objective_of(config: TrainingConfig) -> Any:
+    return partial(method_of(config.shape).objective, chunk_tokens=config.run.loss_chunk_tokens)
 
 
 def allocate(config: TrainingConfig, folder: Path) -> int:
@@ -59,7 +54,7 @@ def allocate(config: TrainingConfig, folder: Path) -> int:
         model, optimizer = sharded_model(config)
         batch = ids(config.global_batch_rows // dist.get_world_size(), "cpu")
         for step in range(2):
-            train_step(step, model, optimizer, Guard(config.optim), method_of(config.shape).objective, batch, config.run)
+            train_step(step, model, optimizer, Guard(config.optim), objective_of(config), batch, config.run)
     path = folder / f"trace-{dist.get_rank()}.json"
     profiled.export_chrome_trace(str(path))
     events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
@@ -68,23 +63,29 @@ def allocate(config: TrainingConfig, folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("precision", "recompute", "num_workers"), [("float32", "full", 1), ("float32", "selective", 1), ("bfloat16", "none", 2)]
+    ("precision", "num_workers", "changes"),
+    [
+        ("bfloat16", 2, {}),
+        ("float32", 1, {"recompute": "full"}),
+        ("float32", 1, {"recompute": "selective"}),
+        ("float32", 1, {"loss_chunk_tokens": 96}),
+    ],
 )
 def test_a_step_allocates_what_was_foretold_and_no_more(
-    tmp_path: Path, precision: str, recompute: str, num_workers: int
+    tmp_path: Path, precision: str, num_workers: int, changes: dict[str, Any]
 ) -> None:
-    config = wide_config(tmp_path, precision, recompute)
+    config = wide_config(tmp_path, precision, num_workers, **changes)
 
     measured = max(run_on_ranks(num_workers, allocate, config, tmp_path))
 
-    foretold = planned(config, num_workers)
-    assert 0.8 * foretold.total < measured < foretold.total
+    foretold = foretell(config).total
+    assert 0.8 * foretold < measured < foretold
 
 
 @pytest.mark.gpu
 def test_a_gpu_allocates_what_was_foretold_and_no_more(tmp_path: Path) -> None:
-    config = wide_config(tmp_path, "bfloat16", "none")
-    method, device = method_of(config.shape), torch.device("cuda", 0)
+    config = wide_config(tmp_path, "bfloat16", 1)
+    device = torch.device("cuda", 0)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         torch.cuda.reset_peak_memory_stats()
@@ -92,10 +93,10 @@ def test_a_gpu_allocates_what_was_foretold_and_no_more(tmp_path: Path) -> None:
         model = build_model(config, device)
         optimizer = make_optimizer(model, config.optim)
         for step in range(2):
-            train_step(step, model, optimizer, Guard(config.optim), method.objective, ids(8, "cuda"), config.run)
+            train_step(step, model, optimizer, Guard(config.optim), objective_of(config), ids(8, "cuda"), config.run)
         measured = torch.cuda.max_memory_allocated() - before
     finally:
         dist.destroy_process_group()
 
-    foretold = planned(config, 1).total
+    foretold = foretell(config).total
     assert 0.7 * foretold < measured < 1.1 * foretold  # cuBLAS has a workspace of its own

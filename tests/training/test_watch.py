@@ -36,7 +36,7 @@ PROMPT = "It was the best"
 
 def watched(folder: Path, name: str, **watch: Any) -> TrainingConfig:
     shape = {"num_hidden_layers": 2, "max_position_embeddings": 128}
-    config = make_config(folder, output=folder / name, watch=watch)
+    config = make_config(folder, output=folder / name, watch={"tensorboard": True} | watch)
     return config.model_copy(update={"model": config.shape.model_copy(update=shape)})
 
 

@@ -106,7 +106,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak | None:
     return Peak(found.peak_tflops * 1e12, f"{name}, dense bfloat16, by its data sheet") if found else None
 
 
-def measure_matmul(dtype: torch.dtype, size: int = 768, seconds: float = 0.2) -> float:
+def measure_matmul(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> float:
     """Most FLOP/s of a product of two square matrices on the CPU's torch threads, within that time but at least once."""
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     torch.mm(left, right)

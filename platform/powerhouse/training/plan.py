@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from powerhouse.config import Config
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ConfigError
 from powerhouse.training.batches import Noise
-from powerhouse.training.build import compute_dtype
+from powerhouse.training.build import compute_dtype, empty_model
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.flops import DEVICES, Peak, RowFlops, count_parameters, peak_of, row_flops
 from powerhouse.training.memory import Memory, plan_memory
@@ -24,6 +25,9 @@ from powerhouse.training.methods import method_of
 from powerhouse.training.noise import SpanLengths
 from powerhouse.training.objectives import Batch
 from powerhouse.training.sharding import blocks_of
+
+_CHUNK_LOGIT_BYTES = 16
+"""A logit of a chunk of the loss: itself, its logarithm of a probability and their two gradients, in float32."""
 
 
 class PlanSettings(Config):
@@ -90,10 +94,7 @@ def _row_length(config: PlanConfig, tokens: Artifact | None) -> int:
 
 
 def make_plan(config: PlanConfig, row_length: int) -> Plan:
-    method = method_of(config.shape)
-    with torch.device("meta"):
-        model = method.model_class(config.shape)
-    batch = empty_batch(config, row_length)
+    method, model, batch = method_of(config.shape), empty_model(config), empty_batch(config, row_length)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     flops = row_flops(model, {name: tensor.shape[1] for name, tensor in batch.items()})
     dtype, (where, room, peak) = dtype_of(config), _worker(config)
@@ -101,7 +102,7 @@ def make_plan(config: PlanConfig, row_length: int) -> Plan:
     memory = plan_memory(
         model,
         blocks_of(model),
-        method.objective,
+        partial(method.objective, chunk_tokens=config.run.loss_chunk_tokens),
         batch,
         num_workers=config.run.workers_per_copy or config.run.num_workers,
         dtype=dtype,
@@ -109,6 +110,8 @@ def make_plan(config: PlanConfig, row_length: int) -> Plan:
     )
     if config.run.accumulate == "deferred":
         memory = replace(memory, gradients=trained * torch.float32.itemsize)
+    if chunk := config.run.loss_chunk_tokens:
+        memory = replace(memory, activations=memory.activations + chunk * config.shape.vocab_size * _CHUNK_LOGIT_BYTES)
     return Plan(parameters, trained, flops, method.num_positions(row_length), memory, room, where, peak)
 
 
