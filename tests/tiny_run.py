@@ -16,9 +16,9 @@ from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
 from powerhouse.corpora.shards import write_shard
 from powerhouse.errors import PowerhouseError
-from powerhouse.models.hub import save_model
 from powerhouse.models.model import Model
 from powerhouse.telemetry import read_metrics
+from powerhouse.training.adapting import repeatable, save_trained
 from powerhouse.training.build import build_model
 from powerhouse.training.checkpoint import Checkpoints, StopRequest
 from powerhouse.training.config import TrainingConfig
@@ -70,7 +70,7 @@ def make_config(folder: Path, **changes: Any) -> TrainingConfig:
 
 def sharded_model(config: TrainingConfig) -> tuple[Model, torch.optim.Optimizer]:
     model = build_model(config, torch.device("cpu"))
-    return model, make_optimizer(model, config.optim)
+    return model, make_optimizer(model, config.optim_of_trained)
 
 
 def random_batch(num_rows: int = 8, num_ignored: int = 0) -> dict[str, torch.Tensor]:
@@ -101,6 +101,7 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any 
     asked: list[bool] = []
     try:
         model, optimizer = sharded_model(config)
+        objective = repeatable(config, method_of(config.shape).objective)
         guard = Guard(config.optim, is_scaled=config.precision == "float16")
         with Checkpoints(config.checkpoints, "this run", config.run.keep_checkpoints, lambda: any(asked)) as checkpoints:
             start = checkpoints.resume(model, optimizer, guard)
@@ -110,12 +111,12 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any 
                 batches, range(start, end), lambda step, batch: asked.append(bool(events and events(step, batch)))
             )
             with Watch(config, model, start) as watch:
-                train(model, optimizer, guard, method_of(config.shape).objective, batches, config, start, watch, checkpoints)
+                train(model, optimizer, guard, objective, batches, config, start, watch, checkpoints)
     except (StopIteration, StopRequest, PowerhouseError) as error:
         return f"{type(error).__name__}: {error}"
     state = gather_state(model)
     if dist.get_rank() == 0:
-        save_model(config.output, config.model, state)
+        save_trained(config.output, config, state)
     return None
 
 

@@ -18,11 +18,12 @@ from families import DECODER, ENCODER, T5_SHAPE, VOCAB, build, export
 from powerhouse.errors import ConfigError, ModelFormatError
 from powerhouse.models.adapters import (
     Adapter,
+    AdapterConfig,
     LoRAConfig,
     PromptConfig,
     adapter_parameters,
     add_adapter,
-    initialise_adapter,
+    fresh_tensors,
     merge,
     soft_prompt_of,
     unmerge,
@@ -51,13 +52,20 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 KINDS = {"lora": LORA, "prompt": PROMPT}
 
 
-def adapted(model: Model, config: LoRAConfig | PromptConfig) -> Model:
+def adapted(model: Model, config: AdapterConfig) -> Model:
     """With an adapter of which no tensor is zero."""
-    add_adapter(model, config)
-    initialise_adapter(model, 0, range(PROMPT.num_tokens))
+    fresh(model, config, torch.zeros(PROMPT.num_tokens, model.config.hidden_size))
     generator = torch.Generator().manual_seed(2)
     for parameter in adapter_parameters(model).values():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def fresh(model: Model, config: AdapterConfig, prompt_KC: Tensor | None = None) -> Model:
+    """With an adapter as a run begins with it."""
+    add_adapter(model, config)
+    for name, tensor in fresh_tensors(model, 0, prompt_KC).items():
+        model.get_parameter(name).data.copy_(tensor)
     return model
 
 
@@ -80,7 +88,7 @@ def their_logits(model: peft.PeftModel, family: str) -> Tensor:
     return logits[:, -IDS.shape[1] :]
 
 
-def write(model: Model, config: LoRAConfig | PromptConfig, folder: Path) -> Path:
+def write(model: Model, config: AdapterConfig, folder: Path) -> Path:
     """Write the frozen model, put an adapter into it and write that; give the adapter's folder."""
     export(model, folder / "base")
     adapter = Adapter(config, {name: item.data for name, item in adapter_parameters(adapted(model, config)).items()})
@@ -174,10 +182,8 @@ def test_a_fresh_lora_changes_nothing_and_only_it_has_gradients(family: str) -> 
     config_class, values, _ = FAMILIES[family]
     model = build(config_class, values)
     before = logits_of(model)
-    add_adapter(model, LORA)
-    initialise_adapter(model, 0)
 
-    after = logits_of(model)
+    after = logits_of(fresh(model, LORA))
     after.sum().backward()
 
     assert torch.equal(after, before)
@@ -198,8 +204,7 @@ def test_a_soft_prompt_stands_before_what_is_generated_from_as_the_words_it_bega
     config = GenerationConfig(max_tokens=5)
     expected = generate(model, [[*words, 1, 2], [*words, 3]], config, [])
 
-    add_adapter(model, PromptConfig(num_tokens=3))
-    initialise_adapter(model, 0, words)
+    fresh(model, PromptConfig(num_tokens=3), model.model.embed_tokens.weight[words])
 
     assert generate(model, [[1, 2], [3]], config, []) == expected
     assert generate(model, [[1, 2]], config.model_copy(update={"num_beams": 2}), []) == generate(

@@ -17,9 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 
+from fakes import write_tiny_model
 from powerhouse.artifacts import Artifact
 from powerhouse.errors import TrainingError
+from powerhouse.models.hub import load_model
 from powerhouse.telemetry import read_metrics
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.launch import train_model
@@ -153,3 +156,18 @@ def test_a_loss_that_is_no_number_is_our_error_and_is_not_retried(ray_address: s
     assert len(losses(config.output)) == 1
     assert json.loads((config.tokens / "manifest.json").read_text())["kind"] == "tokens"
     assert not (config.output / "manifest.json").exists()
+
+
+def test_an_adapter_is_an_artifact_of_its_own_with_the_merged_model_beside_it(ray_address: str, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "tokens")
+    base = write_tiny_model(tmp_path / "base", num_hidden_layers=2)
+    adapter = {"kind": "lora", "rank": 2, "merges": True}
+
+    done = train_model(make_config(tmp_path, model=None, start_from=base, adapter=adapter))
+
+    assert done.manifest.kind == "adapter"
+    assert done.manifest.counts["trained_parameters"] < done.manifest.counts["parameters"] / 5
+    ids_BT, positions_T = torch.arange(16).unsqueeze(0), torch.arange(16)
+    adapted, merged = load_model(base, adapter=done.path), load_model(done.path / "merged")
+    torch.testing.assert_close(merged(ids_BT, positions_T), adapted(ids_BT, positions_T), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(merged(ids_BT, positions_T), load_model(base)(ids_BT, positions_T), atol=1e-2)

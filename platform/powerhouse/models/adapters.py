@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +29,16 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 """The projections of a block, in every family: those of attention, and of the feed-forward (gate only where it has one)."""
 
 
-class AdapterSettings(Config):
-    """What both kinds have."""
+class AdapterConfig(Config):
+    """What is trained beside a frozen model: `kind` lora or prompt."""
 
+    kind: str
+    """lora: low-rank changes of linear layers. prompt: vectors before the text."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decay of what is trained, in place of `optim.weight_decay`: it would pull a soft prompt away from the vocabulary."""
 
 
-class LoRAConfig(AdapterSettings):
+class LoRAConfig(AdapterConfig):
     """W + (alpha / rank) B A in place of W (Hu et al. 2022, section 4.1)."""
 
     kind: Literal["lora"] = "lora"
@@ -57,7 +59,7 @@ class LoRAConfig(AdapterSettings):
         return self.alpha / self.rank
 
 
-class PromptConfig(AdapterSettings):
+class PromptConfig(AdapterConfig):
     """Prompt tuning (Lester et al. 2021, section 2)."""
 
     kind: Literal["prompt"] = "prompt"
@@ -71,14 +73,21 @@ class PromptConfig(AdapterSettings):
     """Commonest tokens of the training rows to draw from."""
 
 
-AdapterConfig = Annotated[LoRAConfig | PromptConfig, Field(discriminator="kind")]
+def make_adapter_config(value: Any) -> Any:
+    """The typed settings out of a config's `adapter`."""
+    kinds: dict[str, type[AdapterConfig]] = {"lora": LoRAConfig, "prompt": PromptConfig}
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("kind") not in kinds:
+        raise ValueError(f"a kind of {', '.join(kinds)}")
+    return kinds[value["kind"]].model_validate(value)
 
 
 @dataclass(frozen=True)
 class Adapter:
     """Named tensors, and how a model uses them; the names are those of the model's parameters."""
 
-    config: LoRAConfig | PromptConfig
+    config: AdapterConfig
     tensors: Mapping[str, Tensor]
 
     def put_into(self, model: Model) -> None:
@@ -136,7 +145,7 @@ class PromptedEmbedding(Embedding):
         return torch.where(is_prompt.unsqueeze(-1), prompt, F.embedding(ids.masked_fill(is_prompt, 0), self.weight))
 
 
-def add_adapter(model: Model, config: LoRAConfig | PromptConfig) -> None:
+def add_adapter(model: Model, config: AdapterConfig) -> None:
     """Freeze the model and give it the adapter's parameters, not filled yet; to be called before it is sharded.
 
     Raises:
@@ -147,6 +156,7 @@ def add_adapter(model: Model, config: LoRAConfig | PromptConfig) -> None:
         for name, layer in _targets(model, config.targets).items():
             _replace(model, name, LoRALinear(layer, config.rank, config.scale, config.dropout))
         return
+    assert isinstance(config, PromptConfig), "there are two kinds"
     if isinstance(model, Classic):
         raise ConfigError("adapter.kind: this family takes no soft prompt", got=type(model).__name__, allowed="lora")
     [(name, embedding)] = [item for item in model.named_modules() if _is_named(item[0], "embed_tokens")]
@@ -183,20 +193,23 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
 
 
-def initialise_adapter(model: Model, seed: int, prompt_ids: Sequence[int] = ()) -> None:
-    """Begin with a model that computes what it did: A uniform with PyTorch's own bounds for a linear layer, B zero.
+def fresh_tensors(model: Model, seed: int, prompt_KC: Tensor | None = None) -> dict[str, Tensor]:
+    """What the adapter's parameters begin with, in float32; the model itself may be on the meta device.
 
-    A soft prompt begins as the embeddings of the `prompt_ids`. As with fresh models, the draw depends on (seed, name) alone.
+    LoRA's A is uniform within PyTorch's own bounds for a linear layer and B zero, so the model still computes what it did. As
+    with fresh models, a draw depends on (seed, name) alone. A soft prompt begins as what is given.
     """
+    tensors = {}
     for name, parameter in adapter_parameters(model).items():
+        data = torch.zeros(parameter.shape)
         if name.endswith("lora_A"):
             bound = 1 / math.sqrt(parameter.shape[1])
-            parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=make_generator(seed, name)))
-        elif name.endswith("lora_B"):
-            parameter.data.zero_()
-    for module in model.modules():
-        if isinstance(module, PromptedEmbedding):
-            module.prompt.data.copy_(module.weight.data[torch.tensor(prompt_ids)])
+            data.uniform_(-bound, bound, generator=make_generator(seed, name))
+        elif name.endswith("prompt"):
+            assert prompt_KC is not None, "a soft prompt begins as something"
+            data.copy_(prompt_KC)
+        tensors[name] = data
+    return tensors
 
 
 def soft_prompt_of(model: nn.Module) -> list[int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from powerhouse.device import to_dtype
+from powerhouse.models.adapters import add_adapter
 from powerhouse.models.hub import open_checkpoint
 from powerhouse.models.model import Model
+from powerhouse.training.adapting import first_tensors
 from powerhouse.training.blocks import compile_blocks, recompute_blocks
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.float8 import use_float8
@@ -17,15 +19,19 @@ from powerhouse.training.sharding import Read, make_mesh, shard
 def empty_model(config: TrainingConfig) -> Model:
     """The shape alone, on the meta device."""
     with torch.device("meta"):
-        return method_of(config.shape).model_class(config.shape)
+        model = method_of(config.shape).model_class(config.shape)
+    if config.adapter:
+        add_adapter(model, config.adapter)
+    return model
 
 
 def weights_of(config: TrainingConfig, model: Model) -> Read:
-    """Where the first weights come from: the directory to start from, or the seed."""
+    """Where the first weights come from: the directory to start from, the adapter's own beginning, or the seed."""
     if config.start_from:
         checkpoint = open_checkpoint(config.start_from)
         names = checkpoint.names()
-        return lambda name: checkpoint.weights.read(names[name], torch.float32)
+        fresh = first_tensors(config, model)
+        return lambda name: fresh[name] if name in fresh else checkpoint.weights.read(names[name], torch.float32)
     return lambda name: model.fresh_parameter(name, config.seed)
 
 

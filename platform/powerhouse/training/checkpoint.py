@@ -19,17 +19,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from powerhouse.errors import ArtifactError, TrainingError
 from powerhouse.telemetry import make_logger
 from powerhouse.training.guard import Guard
+from powerhouse.training.sharding import frozen_names
 from powerhouse.training.storage import Store
 
 _PREFIX = "step_"
 _COMPLETE = "complete.json"
 _RUN = "run.json"
 _UNFINISHED = f"it has no whole {_COMPLETE}: the run ended while it was written"
+_PART = StateDictOptions(strict=False)
+"""What is frozen lies in the directory that the run starts from. A tensor that a checkpoint lacks stops its reading anyway."""
 
 
 class StopRequest(Exception):
@@ -75,7 +78,7 @@ class Checkpoints:
         except (CheckpointException, OSError) as error:
             do = "delete it: the run then goes on from the one before it, or from the start"
             raise ArtifactError(f"{self._path(step)}: damaged checkpoint", got=_reason(error), do=do) from error
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_PART)
         guard.load_state_dict(state["guard"])
 
     def after_step(self, num_done: int, is_due: bool, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
@@ -214,6 +217,8 @@ def _folder(step: int) -> str:
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
+    frozen = frozen_names(model)
+    model_state = {name: item for name, item in model_state.items() if name not in frozen}
     return {"model": model_state, "optimizer": optimizer_state, "guard": guard.state_dict()}
 
 

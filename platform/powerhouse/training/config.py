@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from powerhouse.artifacts import Artifact
 from powerhouse.config import Config, StoragePath
 from powerhouse.errors import ConfigError
+from powerhouse.models.adapters import AdapterConfig, PromptConfig, make_adapter_config
 from powerhouse.models.encoder import EncoderConfig
 from powerhouse.models.encoder_decoder import T5Config
 from powerhouse.models.hub import open_checkpoint
@@ -32,6 +33,8 @@ class TrainingConfig(Config):
     """Shape of a new model: a named size, or settings with `family`: decoder (the default), encoder or t5."""
     start_from: StoragePath | None = None
     """In place of `model`: a model directory to train on, whose tokenizer made the tokens."""
+    adapter: Annotated[SerializeAsAny[AdapterConfig] | None, BeforeValidator(make_adapter_config)] = None
+    """Train this beside the frozen model of `start_from` and nothing else; the output is a directory in peft's format."""
     noise: NoiseConfig = NoiseConfig()
     """What is hidden from an encoder or a T5."""
     optim: OptimConfig
@@ -56,8 +59,10 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _has_a_model(self) -> TrainingConfig:
-        if self.model is None and self.start_from is None:
+        if self.model is None and self.start_from is None and self.adapter is None:
             raise ValueError("a `model`, the shape of a new one, or `start_from`, a directory to train on")
+        if self.adapter is not None and self.start_from is None:
+            raise ValueError("`start_from`, a model directory that the adapter belongs to")
         return self
 
     @property
@@ -84,6 +89,11 @@ class TrainingConfig(Config):
     def rows_per_worker(self) -> int:
         """Rows of one step that one worker sees."""
         return self.global_batch_rows // self.run.num_workers
+
+    @property
+    def optim_of_trained(self) -> OptimConfig:
+        """With the adapter's own decay, where there is one."""
+        return self.optim.model_copy(update={"weight_decay": self.adapter.weight_decay}) if self.adapter else self.optim
 
     def make_noise(self, tokenizer: Tokenizer, row_length: int) -> Noise:
         """What is hidden from the model, with the tokenizer that made the rows."""
@@ -137,7 +147,9 @@ def check(config: TrainingConfig, tokens: Artifact) -> None:
             got=config.shape.vocab_size,
             allowed=f"{num_tokens} or more",
         )
-    context, longest = getattr(config.shape, "max_position_embeddings", row_length), method.num_positions(row_length)
+    num_soft = config.adapter.num_tokens if isinstance(config.adapter, PromptConfig) else 0
+    longest = method.num_positions(row_length) + num_soft
+    context = getattr(config.shape, "max_position_embeddings", longest)
     if context < longest:
         raise ConfigError(
             f"model.max_position_embeddings: shorter than the rows of {tokens.path}", got=context, allowed=f"{longest} or more"

@@ -17,6 +17,7 @@ import torch
 
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.tokenizer import Tokenizer
+from powerhouse.training.adapting import adapt_batch
 from powerhouse.training.batches import PackedRows
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.methods import method_of
@@ -86,7 +87,7 @@ class RowReader:
 
 
 class BatchMaker:
-    """Makes of rows what the run's method gives to its objective."""
+    """Makes of rows what the run's method gives to its objective, and the run's adapter with it."""
 
     def __init__(self, config: TrainingConfig, device: torch.device) -> None:
         self._config = config
@@ -96,7 +97,8 @@ class BatchMaker:
     def __call__(self, rows: PackedRows) -> Batch:
         noise = self._config.make_noise(self._tokenizer, rows.tokens_BR.shape[1])
         method = method_of(self._config.shape)
-        return method.batch(rows.tokens_BR, rows.places_B, noise, self._device, rows.documents_BR, rows.learned_BR)
+        batch = method.batch(rows.tokens_BR, rows.places_B, noise, self._device, rows.documents_BR, rows.learned_BR)
+        return adapt_batch(self._config, batch, rows.places_B)
 
 
 def read_batches(config: TrainingConfig, start_step: int, rank: int, num_ranks: int, device: torch.device) -> Iterator[Batch]:

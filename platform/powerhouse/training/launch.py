@@ -22,10 +22,10 @@ from powerhouse import artifacts
 from powerhouse.artifacts import UNFINISHED, Artifact, Counts
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ArtifactError, ClusterError, PowerhouseError, TrainingError
-from powerhouse.models.hub import save_model
 from powerhouse.session import connect
 from powerhouse.telemetry import Gauge, read_metrics
 from powerhouse.tokenizer import Tokenizer
+from powerhouse.training.adapting import repeatable, save_trained
 from powerhouse.training.build import build_model, empty_model
 from powerhouse.training.checkpoint import Checkpoints
 from powerhouse.training.config import TrainingConfig, check, read_shape
@@ -61,7 +61,8 @@ def train_model(config: TrainingConfig) -> Artifact:
     if config.start_from:
         inputs["start_from"] = artifacts.identify(config.start_from, "model")
     make = partial(_make, config=config, row_length=int(tokens.manifest.counts["row_length"]))
-    return artifacts.produce(config.output, "model", settings, inputs, make, can_resume=True)
+    kind = "adapter" if config.adapter else "model"
+    return artifacts.produce(config.output, kind, settings, inputs, make, can_resume=True)
 
 
 def _make(folder: Path, config: TrainingConfig, row_length: int) -> Counts:
@@ -69,12 +70,14 @@ def _make(folder: Path, config: TrainingConfig, row_length: int) -> Counts:
     method, tokenizer = method_of(config.shape), Tokenizer.load(config.tokens)
     tokenizer.add_special_tokens(config.make_noise(tokenizer, row_length).special_tokens)
     tokenizer.save(folder)
-    parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    model = empty_model(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     write_summary(folder, config, Artifact.open(config.tokens, "tokens"), parameters)
     rows = read_metrics(folder / METRICS)
     last = [row["loss"] for row in rows[-max(len(rows) // 10, 1) :]]
     return {
         "parameters": parameters,
+        **({"trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)} if config.adapter else {}),
         "steps": config.num_steps,
         "tokens_seen": config.num_steps * config.global_batch_rows * method.num_positions(row_length),
         "skipped_steps": int(sum(row["skipped"] for row in rows)),
@@ -160,9 +163,9 @@ def work(config: TrainingConfig) -> None:
     if not shrink_group(config.usable_workers(dist.get_world_size())):
         return
     method, model = method_of(config.shape), build_model(config, device)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim_of_trained)
     guard = Guard(config.optim, is_scaled=config.precision == "float16")
-    objective = partial(method.objective, chunk_tokens=config.run.loss_chunk_tokens)
+    objective = repeatable(config, partial(method.objective, chunk_tokens=config.run.loss_chunk_tokens))
     run_id = (config.output / UNFINISHED).read_text(encoding="utf-8")
     with Checkpoints(config.checkpoints, run_id, config.run.keep_checkpoints, _is_asked_to_stop) as checkpoints:
         start_step = checkpoints.resume(model, optimizer, guard)
@@ -171,7 +174,7 @@ def work(config: TrainingConfig) -> None:
             train(model, optimizer, guard, objective, batches, config, start_step, watch, checkpoints)
     state = gather_state(model)
     if dist.get_rank() == 0:
-        save_model(config.output, config.shape, state)
+        save_trained(config.output, config, state)
 
 
 def _is_asked_to_stop() -> bool:

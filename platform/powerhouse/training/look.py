@@ -16,9 +16,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from powerhouse.errors import ConfigError
 from powerhouse.heldout import HELDOUT, bits_per_byte, cut_into_windows, nats_of_windows, read_heldout
+from powerhouse.models.adapters import soft_prompt_of
 from powerhouse.models.decoder import DecoderConfig
 from powerhouse.models.generate import GenerationConfig, Generator, generate
 from powerhouse.tokenizer import Tokenizer
+from powerhouse.training.adapting import insert_prompt
 from powerhouse.training.config import TrainingConfig
 
 
@@ -41,7 +43,9 @@ class Look:
             texts = read_heldout(watch.heldout / HELDOUT)[: watch.num_heldout]
             self._num_bytes = sum(len(text.encode()) for text in texts)
             context = min(model.config.max_position_embeddings, row_length - 1)
-            self._windows = cut_into_windows(self._tokenizer.encode_batch(texts), context, self._tokenizer.end_of_text_id)
+            windows = cut_into_windows(self._tokenizer.encode_batch(texts), context, self._tokenizer.end_of_text_id)
+            labeled = {"inputs": windows.inputs_WT, "labels": windows.labels_WT}
+            self._windows = insert_prompt(labeled, soft_prompt_of(model))
 
     @property
     def is_wanted(self) -> bool:
@@ -61,7 +65,7 @@ class Look:
     def _bits_per_byte(self) -> float:
         """Every rank takes every n-th window, the last round filled up with windows that count nothing."""
         rank, num_ranks, size = dist.get_rank(), dist.get_world_size(), self._config.run.micro_batch_rows
-        inputs_WT, labels_WT = self._windows.inputs_WT, self._windows.labels_WT
+        inputs_WT, labels_WT = self._windows["inputs"], self._windows["labels"]
         num_missing = -len(inputs_WT) % (num_ranks * size)
         inputs_WT = _lengthen(inputs_WT, num_missing, 0)[rank::num_ranks]
         labels_WT = _lengthen(labels_WT, num_missing, -100)[rank::num_ranks]

@@ -89,6 +89,12 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def gather_state(model: nn.Module) -> dict[str, Tensor]:
-    """Whole float32 tensors by name on rank 0's CPU; nothing on the other ranks. A collective."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    """What is trained, whole float32 tensors by name on rank 0's CPU; nothing on the other ranks. A collective."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    frozen, state = frozen_names(model), get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and name not in frozen}
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Every name of what is not trained: a matrix that is tied to another has two."""
+    return {name for name, item in model.named_parameters(remove_duplicate=False) if not item.requires_grad}
