@@ -159,10 +159,16 @@ def produce(
 
 def write_atomically(path: Path, text: str) -> None:
     """A reader sees the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a name to write a file under; without an error the file is then at `path`, whole, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file at a time
+    yield temporary
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
@@ -180,10 +186,10 @@ def _prepare(path: Path, fingerprint: str, *, keep: bool) -> None:
     # The marker stands before the manifest goes: a kill between the two leaves unfinished work, not a foreign folder.
     write_atomically(marker, fingerprint)
     (path / MANIFEST).unlink(missing_ok=True)
-    if not (keep and is_same_work):
-        for item in path.iterdir():
-            if item != marker:
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
+    is_kept = keep and is_same_work
+    for item in path.glob(".*.tmp" if is_kept else "*"):  # a kill may leave half a file under the name that `replacing` gave
+        if item != marker:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 def _read_manifest(path: Path) -> Manifest | None:

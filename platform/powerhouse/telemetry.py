@@ -16,11 +16,15 @@ Gauge = Callable[[str, float], None]
 """Where a named number goes besides the log: Ray's metrics, or a test's list."""
 
 
-def progress(name: str, total: float | None, unit: str) -> tqdm[Any]:
-    """Make a progress bar on standard error: live on a terminal, a line every ten seconds in a job's log."""
+def progress(name: str, total: float | None, unit: str, initial: int = 0) -> tqdm[Any]:
+    """Make a progress bar on standard error: live on a terminal, a line every ten seconds in a job's log.
+
+    `initial` are the units that an earlier run has done; the speed does not count them.
+    """
+    common: dict[str, Any] = {"desc": name, "total": total, "unit": unit, "unit_scale": True, "initial": initial}
     if sys.stderr.isatty():
-        return tqdm(desc=name, total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
-    return tqdm(desc=name, total=total, unit=unit, unit_scale=True, ncols=120, ascii=" -=#", mininterval=10, file=_Lines())
+        return tqdm(**common, dynamic_ncols=True)
+    return tqdm(**common, ncols=120, ascii=" -=#", mininterval=10, file=_Lines())
 
 
 class _Lines:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from fakes import write_tiny_model
-from powerhouse.corpora.filters import QualityConfig
 from powerhouse.corpora.pipeline import CurateConfig, curate
 from powerhouse.corpora.session import WorkersConfig
 from powerhouse.corpora.shards import TokenRows
@@ -34,93 +23,16 @@ from powerhouse.corpora.tokens import TokensConfig, make_tokens
 from powerhouse.errors import ArtifactError, InputError
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.config import check, read_shape
+from tiny_corpus import LOOSE, contents, curate_config, prose, read_split, start_job, tiny_cluster, write_inputs
 from tiny_run import make_config
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-LOOSE = {name: 100 for name in QualityConfig.model_fields if name.startswith("max_") and "gram" in name} | {
-    f"max_repeated_{length}gram_char_share": 1 for length in range(5, 11)
-}
-"""The sentences of these tests repeat themselves."""
-NOUNS = [
-    "garden",
-    "river",
-    "captain",
-    "letter",
-    "window",
-    "mountain",
-    "servant",
-    "lantern",
-    "horse",
-    "daughter",
-    "kingdom",
-    "storm",
-]
-VERBS = ["watched", "followed", "remembered", "crossed", "painted", "carried", "opened", "forgot"]
-
-
-def prose(seed: int, num_sentences: int) -> str:
-    """English sentences, a blank line after every fourth."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for number in range(num_sentences):
-        one, other, third = rng.choice(NOUNS, 3, replace=False)
-        text = (
-            f"The {one} of year {rng.integers(1500, 1900)} {rng.choice(VERBS)} the {other}, and it was with the {third} that "
-        )
-        out.append(text + f"they had to be.{chr(10) * 2 if number % 4 == 3 else ' '}")
-    return "".join(out)
-
-
-def write_inputs(folder: Path, names: list[str]) -> Path:
-    """Write a book in two editions, web pages and a Wikipedia dump, in the order of the names."""
-    book = prose(1, 600)
-    page = "<html><body><main><h1>A page</h1><p>{}</p></main></body></html>"
-    pages = "".join(
-        f"<page><title>T{number}</title><ns>0</ns><id>{number}</id>"
-        f"<revision><text>'''T''' {prose(50 + number, 30)}</text></revision></page>" for number in range(1, 20)
-    )  # fmt: skip
-    contents = {
-        "books/a.txt": book.encode(),
-        "books/b.txt.gz": gzip.compress(("A preface by a friend.\n\n" + book).encode(), mtime=0),
-        "web/1.html": page.format(prose(2, 40) + " Write to ada@example.com.").encode(),
-        "web/2.html": page.format("too short").encode(),
-        "wiki/w.xml.bz2": bz2.compress(f"<mediawiki>{pages}</mediawiki>".encode()),
-    }
-    for name in names or list(contents):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(contents[name])
-    return folder
-
-
-def curate_config(folder: Path, output: Path, **changes: object) -> CurateConfig:
-    inputs = [
-        {"name": "books", "kind": "book", "path": folder / "books"},
-        {"name": "web", "kind": "web", "path": folder / "web"},
-        {"name": "wikipedia", "kind": "wikipedia", "path": folder / "wiki"},
-    ]
-    values: dict[str, object] = {
-        "inputs": inputs, "output": output, "chunk_chars": 1500, "heldout_share": 0.2, "num_documents_per_file": 40,
-        "quality": LOOSE,
-    }  # fmt: skip
-    return CurateConfig.model_validate(values | changes)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which tells the time taken; of that, the identity."""
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    manifest = json.loads(files.pop("manifest.json"))
-    return files | {"fingerprint": manifest["fingerprint"].encode()}
-
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
-        groups = {"data": 1000, "train": 1000, "serve": 1000}
-        ray.init(address="local", num_cpus=4, resources=groups, include_dashboard=False, _temp_dir=temporary)
-        yield
-        ray.shutdown()
+def cluster() -> Iterator[str]:
+    with tiny_cluster() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +41,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corpus(cluster: None, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(cluster: str, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return curate(curate_config(inputs, tmp_path_factory.mktemp("out") / "corpus")).path
-
-
-def read_split(corpus: Path, split: str) -> pa.Table:
-    return pa.concat_tables([pq.read_table(path) for path in sorted((corpus / split).glob("*.parquet"))])
 
 
 def test_the_corpus_holds_every_document_once_and_the_rejects_their_reason(corpus: Path) -> None:
@@ -157,10 +65,13 @@ def test_the_second_edition_of_a_book_is_mostly_duplicates(corpus: Path) -> None
     assert editions.count("a.txt") + editions.count("b.txt.gz") < 1.3 * max(editions.count("a.txt"), editions.count("b.txt.gz"))
 
 
-def test_neither_workers_nor_the_order_on_disk_change_a_byte(corpus: Path, inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_neither_workers_nor_the_order_on_disk_change_a_byte(
+    corpus: Path, inputs: Path, tmp_path: Path, num_workers: int
+) -> None:
     names = sorted((str(path.relative_to(inputs)) for path in inputs.rglob("*.*")), reverse=True)
     other = write_inputs(tmp_path / "in", names)
-    again = curate(curate_config(other, tmp_path / "corpus", workers={"num": 1, "num_cpus": 1}))
+    again = curate(curate_config(other, tmp_path / "corpus", workers={"num": num_workers, "num_cpus": 1 / num_workers}))
     assert contents(again.path) == contents(corpus)
 
 
@@ -174,7 +85,7 @@ def test_other_limits_cut_the_stored_scores_and_read_no_text_again(corpus: Path,
     assert scored.stat().st_mtime_ns == written
 
 
-def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(cluster: None, inputs: Path, tmp_path: Path) -> None:
+def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(cluster: str, inputs: Path, tmp_path: Path) -> None:
     folder = write_inputs(tmp_path / "in", [])
     dump = folder / "wiki" / "w.xml.bz2"
     dump.write_bytes(dump.read_bytes()[:-200])
@@ -189,7 +100,7 @@ def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(cluster: None,
     assert report["sources"]["wikipedia"]["removed"]["bad_file"] == report["sources"]["wikipedia"]["documents"]
 
 
-def test_a_corpus_that_is_empty_after_filtering_tells_why(cluster: None, inputs: Path, tmp_path: Path) -> None:
+def test_a_corpus_that_is_empty_after_filtering_tells_why(cluster: str, inputs: Path, tmp_path: Path) -> None:
     config = curate_config(inputs, tmp_path / "corpus", quality=LOOSE | {"languages": ["fi"]})
     with pytest.raises(InputError, match=r"(?s)empty after filtering.*left out for: language \d+, too_few_words 1"):
         curate(config)
@@ -218,7 +129,7 @@ def write_pages(folder: Path) -> CurateConfig:
     )  # fmt: skip
 
 
-def test_test_items_second_pages_and_repeated_lines_go_and_people_get_pseudonyms(cluster: None, tmp_path: Path) -> None:
+def test_test_items_second_pages_and_repeated_lines_go_and_people_get_pseudonyms(cluster: str, tmp_path: Path) -> None:
     config = write_pages(tmp_path / "in")
     artifact = curate(config)
     report = json.loads((artifact.path / "report.json").read_text())
@@ -288,43 +199,6 @@ def test_more_than_the_text_can_give_is_one_error(corpus: Path, tmp_path: Path, 
         make_tokens(TokensConfig.model_validate({"corpus": corpus, "output": tmp_path / "tokens", **change}))
 
 
-def start_job(script: str, *overrides: str, storage: Path, temporary: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "POWERHOUSE_STORAGE": str(storage), "RAY_ADDRESS": "local", "RAY_TMPDIR": temporary,
-        "PYTHONPATH": str(ROOT / "platform"),
-    }  # fmt: skip
-    command = [sys.executable, str(ROOT / "jobs" / script), *overrides]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def job_overrides(folder: Path, output: str) -> list[str]:
-    values = curate_config(folder, Path(output)).model_dump(mode="json") | {"output": output}
-    keys = ("inputs", "output", "chunk_chars", "heldout_share", "num_documents_per_file", "quality")
-    return [f"{key}={json.dumps(values[key])}" for key in keys]
-
-
-def test_a_job_killed_halfway_is_finished_by_the_next_run_to_the_same_bytes(corpus: Path, inputs: Path, tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
-        overrides = job_overrides(inputs, "corpus")
-        job = start_job("curate_corpus.py", *overrides, storage=tmp_path, temporary=temporary)
-        written = tmp_path / "corpus_documents"
-        while not (written.is_dir() and list(written.glob("*.parquet"))):
-            assert job.poll() is None, job.communicate()
-            time.sleep(0.02)
-        children = psutil.Process(job.pid).children(recursive=True)
-        job.send_signal(signal.SIGKILL)
-        for child in children:  # its own Ray goes down with it, as when the machine does
-            child.kill()
-        psutil.wait_procs(children, timeout=60)
-        job.communicate()
-        assert not (tmp_path / "corpus" / "manifest.json").exists()
-        job = start_job("curate_corpus.py", *overrides, storage=tmp_path, temporary=temporary)
-        out, err = job.communicate()
-        assert job.returncode == 0, err
-        assert out.strip().endswith(f"corpus: {tmp_path / 'corpus'}")
-        assert contents(tmp_path / "corpus") == contents(corpus)
-
-
 JOBS = [
     (
         "curate_corpus.py",
@@ -342,7 +216,7 @@ JOBS = [
 def test_a_job_asked_for_the_impossible_ends_with_one_error_and_exit_code_2(
     script: str, overrides: list[str], message: str, tmp_path: Path
 ) -> None:
-    job = start_job(script, *overrides, storage=tmp_path, temporary="/tmp")
+    job = start_job(script, *overrides, storage=tmp_path)
     _, err = job.communicate()
     assert job.returncode == 2
     assert message in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import ftfy
 import mwparserfromhell
@@ -10,7 +11,8 @@ from mwparserfromhell.nodes import Tag, Template, Wikilink
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
 
-from powerhouse.corpora.document import Markup
+if TYPE_CHECKING:
+    from powerhouse.corpora.document import Markup
 
 _MIN_MAIN_SHARE = 0.05
 _NO_PROSE_TAGS = {"ref", "table", "gallery", "timeline", "math", "imagemap", "score", "syntaxhighlight", "source"}

@@ -11,6 +11,7 @@ driver, which holds an index of the scores, with a signature of 448 bytes for ea
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,20 @@ from pydantic import Field
 from powerhouse.artifacts import Artifact, produce, write_atomically
 from powerhouse.config import StoragePath
 from powerhouse.corpora.page import render_page
+from powerhouse.corpora.parts import Part, list_parts, parts_holding
 from powerhouse.corpora.repeats import drop_lines
 from powerhouse.corpora.report import make_report, sampled_rows
 from powerhouse.corpora.scored import score_documents
-from powerhouse.corpora.session import WorkersConfig, connect
+from powerhouse.corpora.session import WorkersConfig, connect, worker_failures
 from powerhouse.corpora.sources import list_files
 from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, make_corpus_steps
 from powerhouse.corpora.verdict import Verdicts, decide, reject_bad_files
+from powerhouse.telemetry import progress
 
 _COLUMNS = ["doc_id", "source", "kind", "path", "offset", "text"]
+
+_ROWS_PER_GROUP = 2**14
+"""A task reads only the groups of decisions that its range touches."""
 
 
 class CurateConfig(DocumentsConfig, CorpusStepsConfig):
@@ -66,13 +72,14 @@ def curate(config: CurateConfig) -> Artifact:
     settings["weights"] = {source.name: source.weight for source in config.inputs}
     # What the documents were made of stands here too: where other workers wrote them, they are the same documents.
     inputs = documents.manifest.inputs | {"documents": documents.manifest.fingerprint}
-    return produce(config.output, "corpus", settings, inputs, partial(_make, config, len(files), documents.path))
+    num_files = int(documents.manifest.counts["num_files"])
+    return produce(config.output, "corpus", settings, inputs, partial(_make, config, num_files, documents.path))
 
 
 def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -> dict[str, int]:
     connect(config.workers)
-    dataset = _open(documents)
-    index = dataset.to_table(columns=[name for name in dataset.schema.names if name != "text"]).sort_by("order")
+    dataset = _open(documents, list_parts(documents))
+    index = dataset.to_table(columns=[name for name in dataset.schema.names if name != "text"])
     index = reject_bad_files(index, num_files, config.max_bad_file_share)
     weights = {source.name: source.weight for source in config.inputs}
     verdicts = decide(index, make_corpus_steps(config), config.heldout_share, weights)
@@ -83,9 +90,9 @@ def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -
     return _count(report, num_files)
 
 
-def _open(documents: Path) -> pads.Dataset:
-    """The parquet files alone: beside them lies the manifest."""
-    return pads.dataset(sorted(map(str, documents.glob("*.parquet"))), format="parquet")
+def _open(documents: Path, parts: Sequence[Part]) -> pads.Dataset:
+    """The parts alone, which have the corpus' order: beside them lies the manifest."""
+    return pads.dataset([str(documents / part.name) for part in parts], format="parquet")
 
 
 def _count(report: dict[str, Any], num_files: int) -> dict[str, int]:
@@ -104,24 +111,29 @@ def _count(report: dict[str, Any], num_files: int) -> dict[str, int]:
 def _write_splits(config: CurateConfig, verdicts: Verdicts, documents: Path, folder: Path) -> None:
     """Write each range of the corpus' order as one file of every split that has documents there."""
     path = folder / "verdicts.parquet"
-    pq.write_table(verdicts.index.select(["order", "reason", "detail", "split", "num_copies"]), path)
+    decisions = verdicts.index.select(["order", "reason", "detail", "split", "num_copies"])
+    pq.write_table(decisions, path, row_group_size=_ROWS_PER_GROUP)
     orders = verdicts.index["order"].to_numpy()
     step = config.num_documents_per_file
-    ranges = [
-        {"number": number, "first": int(part[0]), "last": int(part[-1])}
-        for number, part in enumerate(np.split(orders, range(step, len(orders), step)))
-    ]
+    parts = list_parts(documents)
+    ranges = []
+    for number, some in enumerate(np.split(orders, range(step, len(orders), step))):
+        first, last = int(some[0]), int(some[-1])
+        names = [part.name for part in parts_holding(parts, first, last)]
+        ranges.append({"number": number, "first": first, "last": last, "parts": names})
     items = ray.data.from_items(ranges, override_num_blocks=len(ranges))
     write = partial(_write_range, documents=documents, folder=folder, repeated_lines=verdicts.repeated_lines)
-    items.map(write, **config.workers.options()).materialize()
+    with worker_failures("splits"), progress("files written", len(ranges), "range") as bar:
+        for batch in items.map(write, **config.workers.options()).iter_batches(batch_size=None, batch_format="pyarrow"):
+            bar.update(batch.num_rows)
     path.unlink()
 
 
 def _write_range(row: dict[str, Any], documents: Path, folder: Path, repeated_lines: npt.NDArray[np.uint64]) -> dict[str, Any]:
     is_here = (pads.field("order") >= row["first"]) & (pads.field("order") <= row["last"])
-    dataset = _open(documents)
-    texts = dataset.to_table(columns=["order", *_COLUMNS], filter=is_here).sort_by("order")
-    verdicts = pads.dataset(folder / "verdicts.parquet").to_table(filter=is_here).sort_by("order")
+    parts = [Part.of(Path(name)) for name in row["parts"]]
+    texts = _open(documents, parts).to_table(columns=["order", *_COLUMNS], filter=is_here)
+    verdicts = pads.dataset(folder / "verdicts.parquet").to_table(filter=is_here)
     splits = verdicts["split"].to_numpy()
     for split in ("train", "heldout", "rejects"):
         rows = np.repeat(np.flatnonzero(splits == split), verdicts["num_copies"].to_numpy()[splits == split])
@@ -141,6 +153,10 @@ def _write_range(row: dict[str, Any], documents: Path, folder: Path, repeated_li
 def _read_texts(verdicts: Verdicts, documents: Path) -> dict[int, str]:
     """Give the text of the rows that the report shows."""
     rows = sampled_rows(verdicts)
+    parts = list_parts(documents)
     order_of = {verdicts.index["order"][row].as_py(): row for row in rows}
-    table = _open(documents).to_table(columns=["order", "text"], filter=pads.field("order").isin(list(order_of)))
+    holding = {part for order in order_of for part in parts_holding(parts, order, order)}
+    table = _open(documents, sorted(holding)).to_table(
+        columns=["order", "text"], filter=pads.field("order").isin(list(order_of))
+    )
     return {order_of[item["order"]]: item["text"] for item in table.to_pylist()}

@@ -43,6 +43,8 @@ class DocumentsConfig(SharedStepsConfig):
     """The folders of raw text."""
     chunk_chars: int = Field(default=4000, ge=200)
     """A plain text is cut at blank lines into documents of about this many characters."""
+    extract_timeout_s: float = Field(default=10, gt=0)
+    """A page that takes more processor time than this to extract is left out."""
     phone_region: str = Field(default="US", pattern="^[A-Z]{2}$")
     """Country (ISO 3166) whose national phone numbers are found; international ones always are."""
     pseudonym_key_file: StoragePath | None = None

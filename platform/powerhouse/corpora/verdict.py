@@ -39,15 +39,15 @@ def reject_bad_files(index: pa.Table, num_files: int, max_share: float) -> pa.Ta
         InputError: more than `max_share` of the files are damaged.
     """
     bad = index.filter(pc.equal(index["reason"], BAD_FILE))
-    if bad.num_rows > max_share * num_files:
-        messages = bad["detail"].to_pylist()
+    details = dict(zip(_file_keys(bad), bad["detail"].to_pylist(), strict=True))  # a large file is read in several pieces
+    if len(details) > max_share * num_files:
+        messages = list(details.values())
         more = f"\n  and {len(messages) - _NUM_NAMED} more" if len(messages) > _NUM_NAMED else ""
         raise InputError(
-            f"{bad.num_rows} of {num_files} input files cannot be read:\n  " + "\n  ".join(messages[:_NUM_NAMED]) + more,
+            f"{len(details)} of {num_files} input files cannot be read:\n  " + "\n  ".join(messages[:_NUM_NAMED]) + more,
             allowed=f"max_bad_file_share={max_share:g} of the files",
             do="mend them, or raise max_bad_file_share: bad files are then left out, named and counted",
         )
-    details = dict(zip(_file_keys(bad), bad["detail"].to_pylist(), strict=True))
     columns = zip(_file_keys(index), index["reason"].to_pylist(), index["detail"].to_pylist(), strict=True)
     final = [(BAD_FILE, details[key]) if key in details else (reason, detail) for key, reason, detail in columns]
     return _replace(index, reason=[reason for reason, _ in final], detail=[detail for _, detail in final])
