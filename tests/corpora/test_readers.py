@@ -8,6 +8,7 @@ import json
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import fsspec
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from powerhouse.corpora import opening, readers, sources
+from powerhouse.corpora import opening, plain, sources
 from powerhouse.corpora.chunks import split_chunks
 from powerhouse.corpora.document import RawDocument
 from powerhouse.corpora.readers import ReadOptions, read_documents
@@ -81,8 +82,10 @@ def paragraphs(first: int, last: int) -> str:
     return "".join(f"Paragraph {number} says {number * number}.\nIt has a second line.\n\n" for number in range(first, last))
 
 
-def lines_of(text: str) -> list[str]:
-    return text.splitlines(keepends=True)
+def lines_of(text: str) -> list[tuple[int, str]]:
+    """Give the lines, each with the character at which it begins."""
+    lines = text.splitlines(keepends=True)
+    return list(zip(accumulate(map(len, lines), initial=0), lines, strict=False))
 
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -190,7 +193,7 @@ def test_a_single_line_of_200_mb_is_cut_in_a_text_and_left_out_of_a_table(tmp_pa
         for _ in range(200):
             file.write(b"x" * 1_000_000)
     lengths = [len(item.content) for item in read_documents(path, ReadOptions())]
-    assert (set(lengths), sum(lengths)) == ({readers.MAX_LINE_CHARS}, 200_000_000)
+    assert (set(lengths), sum(lengths)) == ({plain.MAX_LINE_BYTES}, 200_000_000)
 
     path = path.rename(tmp_path / "a.jsonl")
     with path.open("ab") as file:
@@ -214,6 +217,37 @@ def test_pieces_of_a_large_file_hold_each_document_once(tmp_path: Path, monkeypa
             assert [item for file in files for item in read_documents(file.location, file.options(1000))] == whole
 
 
+ODD_LINES = {
+    "unix": "\n",
+    "windows": "\r\n",
+    "old mac": "\r",
+}
+
+
+@pytest.mark.parametrize("name", ODD_LINES)
+@pytest.mark.parametrize("long_chars", [0, 3000, 30_000])
+def test_pieces_of_a_text_give_the_chunks_of_the_whole_at_the_bytes_where_they_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, long_chars: int
+) -> None:
+    monkeypatch.setattr(plain, "MAX_LINE_BYTES", 1001)
+    for module in (plain, sources):
+        monkeypatch.setattr(module, "SECTION_BYTES", 2000)
+    text = (paragraphs(0, 150) + "être " * (long_chars // 5) + paragraphs(150, 300)).replace("says", "dît")
+    content = b"\xef\xbb\xbf" + text.replace("\n", ODD_LINES[name]).encode()
+    write(tmp_path / "a.txt", content)
+    whole = read(tmp_path / "a.txt")
+    assert "".join(item.content for item in whole) == text
+    assert [item.offset for item in whole] == sorted({item.offset for item in whole})
+    if name == "unix":
+        assert all(content.startswith(item.content[:20].encode(), item.offset) for item in whole[1:] if "ê" not in item.content)
+    assert read(write(tmp_path / "b.txt.gz", gzip.compress(content))) == whole
+    for piece_bytes in (1500, 3333, 9999):
+        monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
+        files = list_files([SourceConfig(name="s", kind="other", path=str(tmp_path), glob="a.txt")])
+        assert len(files) > 1
+        assert [item for file in files for item in read_documents(file.location, file.options(1000))] == whole
+
+
 def test_chunks_join_to_the_text_and_stand_at_their_offsets() -> None:
     text = paragraphs(0, 400)
     chunks = list(split_chunks(lines_of(text), 1000))
@@ -226,9 +260,9 @@ def test_chunks_join_to_the_text_and_stand_at_their_offsets() -> None:
 
 
 def test_a_text_without_blank_lines_is_cut_at_line_breaks_and_a_single_line_never() -> None:
-    lines = [chunk for _, chunk in split_chunks(["a line of verse\n"] * 1000, 800)]
+    lines = [chunk for _, chunk in split_chunks(lines_of("a line of verse\n" * 1000), 800)]
     assert all(chunk.endswith("\n") and len(chunk) <= 1616 for chunk in lines)
-    assert len(list(split_chunks(["x" * 10_000], 800))) == 1
+    assert len(list(split_chunks(lines_of("x" * 10_000), 800))) == 1
 
 
 def test_two_editions_with_other_prefaces_fall_into_the_same_chunks_after_a_while() -> None:
@@ -303,7 +337,7 @@ class Files(http.server.SimpleHTTPRequestHandler):
     """A server that has one public and one private text."""
 
     def do_GET(self) -> None:
-        content = {"/a.txt": b"Some words.", "/private.txt": None}.get(self.path)
+        content = {"/a.txt": b"Some words.", "/a.jsonl": JSONL.encode(), "/private.txt": None}.get(self.path)
         self.send_response(200 if content else 403)
         self.send_header("Content-Length", str(len(content or b"")))
         self.end_headers()
@@ -325,6 +359,7 @@ def server() -> Iterator[str]:
 
 def test_a_uri_is_read_and_one_without_the_right_is_one_error(server: str) -> None:
     assert outcome(list(read_documents(f"{server}/a.txt", ReadOptions()))) == [(0, "Some words.", None)]
+    assert [item.content for item in read_documents(f"{server}/a.jsonl", ReadOptions())] == ["Être.", "Two."]
     with pytest.raises(InputError, match=r"private\.txt: not there, or no right to read it"):
         list(read_documents(f"{server}/private.txt", ReadOptions()))
 

@@ -12,16 +12,18 @@ from collections.abc import Iterable, Iterator
 import xxhash
 
 
-def split_chunks(lines: Iterable[str], chunk_chars: int) -> Iterator[tuple[int, str]]:
-    """Join lines, which come with their line breaks, to chunks of about `chunk_chars` characters; yield each with its offset.
+def split_chunks(lines: Iterable[tuple[int, str]], chunk_chars: int) -> Iterator[tuple[int, str]]:
+    """Join lines, each with its place, to chunks of about `chunk_chars` characters; yield each with the place of its first line.
 
     From half that size on, a line break at a blank line is a cut with a chance, by the hash of the paragraph before it, that
     makes the mean come out; from twice that size on, every line break is a cut. Only a longer single line makes a longer chunk.
     """
-    start = num_chars = 0
+    num_chars = 0
+    start: int | None = None
     chunk: list[str] = []
     paragraph: list[str] = []
-    for line in lines:
+    for place, line in lines:
+        start = place if start is None else start
         chunk.append(line)
         paragraph.append(line)
         num_chars += len(line)
@@ -29,12 +31,12 @@ def split_chunks(lines: Iterable[str], chunk_chars: int) -> Iterator[tuple[int, 
         is_cut = is_blank and num_chars >= chunk_chars // 2 and _is_cut("".join(paragraph), chunk_chars // 2)
         if is_cut or num_chars >= 2 * chunk_chars:
             yield start, "".join(chunk)
-            start += num_chars
             num_chars = 0
+            start = None
             chunk = []
         if is_blank:
             paragraph = []
-    if chunk:
+    if start is not None:
         yield start, "".join(chunk)
 
 

@@ -28,7 +28,7 @@ class RawDocument:
     """One document as it stands in a file, its markup still on it."""
 
     offset: int
-    """Where in the file: character of a plain text's chunk, 0 for a page, page id in a MediaWiki dump."""
+    """Where in the file: byte of a plain text's chunk or of a line of a table, 0 for a page, page id in a MediaWiki dump."""
     markup: Markup
     content: str
     rejection: Rejection | None = None

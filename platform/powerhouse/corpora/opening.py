@@ -36,7 +36,7 @@ def ending_of(location: str | Path) -> str:
 def open_raw(location: str | Path) -> BinaryIO:
     """Open a local path, or what fsspec knows by a URI such as s3://bucket/key, as the bytes that lie there."""
     if "://" in str(location):
-        return cast(BinaryIO, fsspec.open(str(location), "rb").open())
+        return io.BufferedReader(fsspec.open(str(location), "rb").open(), 2**20)  # its own file cannot limit a line
     return Path(location).open("rb")
 
 

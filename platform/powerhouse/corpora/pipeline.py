@@ -153,6 +153,8 @@ def _write_range(row: dict[str, Any], documents: Path, folder: Path, repeated_li
 def _read_texts(verdicts: Verdicts, documents: Path) -> dict[int, str]:
     """Give the text of the rows that the report shows."""
     rows = sampled_rows(verdicts)
+    if not rows:
+        return {}
     parts = list_parts(documents)
     order_of = {verdicts.index["order"][row].as_py(): row for row in rows}
     holding = {part for order in order_of for part in parts_holding(parts, order, order)}

@@ -1,7 +1,8 @@
 """Files in, raw documents out: plain text in chunks, records of tables, web pages, MediaWiki dumps, books as epub.
 
-Every reader is a stream: no file is ever whole in memory, but for a single web page or chapter. A bad record is a document with
-a rejection; a file that is damaged, or not what its name says, is an error, told after what could be read of it.
+Every reader is a stream: no file is ever whole in memory, but for a single web page or chapter. Several workers read pieces of
+a large .txt, .jsonl or .parquet; any other file, and what is compressed, is one worker's stream. A bad record is a document
+with a rejection; a file that is damaged, or not what its name says, is an error, told after what could be read of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import BinaryIO
 
 import aiohttp
 import pyarrow as pa
@@ -23,14 +23,12 @@ import pyarrow.parquet as pq
 from lxml import etree
 
 from powerhouse.corpora.archives import read_epub, read_warc
-from powerhouse.corpora.chunks import split_chunks
 from powerhouse.corpora.document import RawDocument, Rejection
 from powerhouse.corpora.opening import COMPRESSED, ending_of, open_binary
 from powerhouse.corpora.pages import MAX_PAGE_BYTES, check_page
+from powerhouse.corpora.plain import read_plain, seek_line
 from powerhouse.errors import InputError
 
-MAX_LINE_CHARS = 1_000_000
-"""A longer line of plain text is cut here."""
 MAX_RECORD_BYTES = 2**25
 """A longer record of a table is left out."""
 _PARQUET_BATCH = 256
@@ -43,7 +41,7 @@ class ReadOptions:
     chunk_chars: int = 4000
     text_column: str = "text"
     first: int = 0
-    """First byte of a .jsonl, or row group of a .parquet, of the piece to read."""
+    """First byte of a .txt or .jsonl, or row group of a .parquet, of the piece to read."""
     last: int | None = None
     """The one after its last; None for all."""
 
@@ -96,18 +94,14 @@ def _open_text(location: str, newline: str | None = None) -> TextIOWrapper:
 
 
 def _read_plain(location: str, options: ReadOptions) -> Iterator[RawDocument]:
-    with _open_text(location) as file:
-        for offset, chunk in split_chunks(iter(lambda: file.readline(MAX_LINE_CHARS), ""), options.chunk_chars):
-            if "\0" in chunk:
-                place = f"at character {offset + chunk.index(chr(0))}"
-                raise InputError(f"{location}: not a text: it holds a NUL byte", got=place)
-            yield RawDocument(offset, "text", chunk)
+    with open_binary(location) as file:
+        yield from read_plain(file, location, options.chunk_chars, options.first, options.last)
 
 
 def _read_jsonl(location: str, options: ReadOptions) -> Iterator[RawDocument]:
     """Read one JSON object a line; a piece is the lines that begin in it."""
     with open_binary(location) as file:
-        offset = _seek_line(file, options.first)
+        offset = seek_line(file, options.first)
         while (options.last is None or offset < options.last) and (line := file.readline(MAX_RECORD_BYTES)):
             num_bytes = len(line)
             is_whole = num_bytes < MAX_RECORD_BYTES or line.endswith(b"\n")
@@ -118,19 +112,6 @@ def _read_jsonl(location: str, options: ReadOptions) -> Iterator[RawDocument]:
             if line.strip():
                 yield _record(offset, line, options.text_column) if is_whole else _bad(offset, f"{num_bytes:,} bytes long")
             offset += num_bytes
-
-
-def _seek_line(file: BinaryIO, first: int) -> int:
-    """Go to the first line that begins at or after a byte."""
-    if first == 0:
-        return 0
-    file.seek(first - 1)
-    skipped = 0
-    while part := file.readline(MAX_RECORD_BYTES):
-        skipped += len(part)
-        if part.endswith(b"\n"):
-            break
-    return first - 1 + skipped
 
 
 def _record(offset: int, line: bytes, column: str) -> RawDocument:

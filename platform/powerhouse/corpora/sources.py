@@ -18,11 +18,12 @@ from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact
 from powerhouse.config import Config, storage_root
 from powerhouse.corpora.document import Kind
 from powerhouse.corpora.opening import open_raw
+from powerhouse.corpora.plain import SECTION_BYTES
 from powerhouse.corpora.readers import ReadOptions, reader_of
 from powerhouse.errors import InputError
 
 PIECE_BYTES = 2**26
-"""A larger .jsonl or .parquet file is read in pieces of about this size."""
+"""A larger .txt, .jsonl or .parquet file is read in pieces of about this size."""
 
 Location = Annotated[
     str,
@@ -91,11 +92,12 @@ def _pieces(location: str, size_bytes: int) -> Iterator[tuple[int, int | None, i
     """Give the pieces of a file as first, last and size in bytes; its size alone decides them."""
     ending = Path(location).suffix.lower()
     num_pieces = -(-size_bytes // PIECE_BYTES)
-    if num_pieces < 2 or ending not in (".jsonl", ".parquet"):
+    if num_pieces < 2 or ending not in (".txt", ".jsonl", ".parquet"):
         yield 0, None, size_bytes
         return
-    num_units = size_bytes if ending == ".jsonl" else _num_row_groups(location)
-    bounds = [num_units * piece // num_pieces for piece in range(num_pieces + 1)]
+    unit = SECTION_BYTES if ending == ".txt" else 1
+    num_units = _num_row_groups(location) if ending == ".parquet" else -(-size_bytes // unit)
+    bounds = [num_units * piece // num_pieces * unit for piece in range(num_pieces + 1)]
     for first, last in pairwise(bounds):
         if last > first:
             yield first, last, size_bytes // num_pieces
