@@ -13,7 +13,7 @@ import xxhash
 
 
 def split_chunks(lines: Iterable[tuple[int, str]], chunk_chars: int) -> Iterator[tuple[int, str]]:
-    """Join lines, each with its place, to chunks of about `chunk_chars` characters; yield each with the place of its first line.
+    """Join lines, each with its place, to chunks of about `chunk_chars` characters; yield each with that of its first line.
 
     From half that size on, a line break at a blank line is a cut with a chance, by the hash of the paragraph before it, that
     makes the mean come out; from twice that size on, every line break is a cut. Only a longer single line makes a longer chunk.
