@@ -6,11 +6,14 @@ import bz2
 import gzip
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
+from pyarrow.fs import FileSelector, FileType, S3FileSystem
 
 from powerhouse.errors import InputError
 
@@ -18,6 +21,8 @@ MAX_RATIO = 200
 """Text is compressed to a third or a tenth. What unpacks to more than this is a bomb, or nothing worth reading."""
 FREE_BYTES = 2**26
 """As much is unpacked at any ratio."""
+_BUFFER_BYTES = 2**20
+_S3 = "s3://"
 
 _CODECS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
@@ -33,11 +38,70 @@ def ending_of(location: str | Path) -> str:
     return path.with_suffix("").suffix if path.suffix in _CODECS else path.suffix
 
 
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file below a folder that a URI names."""
+
+    name: str
+    """Path below the folder, with `/`."""
+    size_bytes: int
+    version: str
+    """Another one after the file has changed: its size and date, or its ETag."""
+
+
+def list_remote(uri: str) -> list[RemoteFile]:
+    """List all files below a folder.
+
+    Raises:
+        InputError: it is not there, or there is no right to list it.
+    """
+    try:
+        if uri.startswith(_S3):
+            return _list_s3(uri)
+        system, root = fsspec.core.url_to_fs(uri)
+        found = system.find(root, detail=True)
+        return [
+            RemoteFile(path[len(root) :].lstrip("/"), int(info["size"] or 0), system.ukey(path)) for path, info in found.items()
+        ]
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        do = "check the URI, the rights, and that the package for this protocol is installed"
+        raise InputError(f"{uri} cannot be listed", got=f"{type(error).__name__}: {error}", do=do) from None
+
+
+def _list_s3(uri: str) -> list[RemoteFile]:
+    system, root = _s3_place(uri)
+    found = system.get_file_info(FileSelector(root, recursive=True))
+    files = [info for info in found if info.type == FileType.File]
+    return [RemoteFile(info.path[len(root) :].lstrip("/"), info.size, f"{info.size} {info.mtime_ns}") for info in files]
+
+
+def _s3_place(uri: str) -> tuple[S3FileSystem, str]:
+    """Give the file system and the path in it; where AWS_ENDPOINT_URL is set, of that server."""
+    path = uri.removeprefix(_S3).rstrip("/")
+    return _s3_system(path.partition("/")[0]), path
+
+
+@cache
+def _s3_system(bucket: str) -> S3FileSystem:
+    return S3FileSystem.from_uri(f"{_S3}{bucket}")[0]  # it asks for the bucket's region, so once a bucket
+
+
 def open_raw(location: str | Path) -> BinaryIO:
-    """Open a local path, or what fsspec knows by a URI such as s3://bucket/key, as the bytes that lie there."""
-    if "://" in str(location):
-        return io.BufferedReader(fsspec.open(str(location), "rb").open(), 2**20)  # its own file cannot limit a line
-    return Path(location).open("rb")
+    """Open a local path, or a URI such as s3://bucket/key (pyarrow) or of what fsspec knows, as the bytes that lie there.
+
+    Raises:
+        InputError: an object is not there, or there is no right to read it.
+    """
+    if "://" not in str(location):
+        return Path(location).open("rb")
+    if not str(location).startswith(_S3):
+        return io.BufferedReader(fsspec.open(str(location), "rb").open(), _BUFFER_BYTES)  # its own file cannot limit a line
+    try:
+        system, path = _s3_place(str(location))
+        return io.BufferedReader(cast(io.RawIOBase, system.open_input_file(path)), _BUFFER_BYTES)
+    except OSError as error:
+        do = "give this process the right, or leave it out with the glob"
+        raise InputError(f"{location}: not there, or no right to read it", got=error, do=do) from None
 
 
 def open_binary(location: str | Path) -> BinaryIO:

@@ -10,14 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import fsspec
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact
 from powerhouse.config import Config, storage_root
 from powerhouse.corpora.document import Kind
-from powerhouse.corpora.opening import open_raw
+from powerhouse.corpora.opening import list_remote, open_raw
 from powerhouse.corpora.plain import SECTION_BYTES
 from powerhouse.corpora.readers import ReadOptions, reader_of
 from powerhouse.errors import InputError
@@ -41,7 +40,7 @@ class SourceConfig(Config):
     kind: Kind
     """What it holds: book, web, wikipedia or other."""
     path: Location
-    """Folder; inside a texts artifact, or any folder of your own, or a URI such as s3://bucket/folder (fsspec)."""
+    """Folder; inside a texts artifact, or any folder of your own, or a URI such as s3://bucket/folder."""
     weight: float = Field(default=1.0, gt=0, le=100)
     """How often a document of it stands in train/: 0.5 keeps half of them, chosen by their hash, 2 writes each twice."""
     glob: str = "**/*.*"
@@ -130,22 +129,12 @@ def _list_local(source: SourceConfig) -> list[tuple[str, str, int]]:
 
 
 def _list_remote(source: SourceConfig) -> list[tuple[str, str, int]]:
-    try:
-        system, root = fsspec.core.url_to_fs(source.path)
-        found = system.find(root, detail=True)
-    except Exception as error:  # each of fsspec's file systems has errors of its own
-        raise InputError(
-            f"inputs: {source.name}: {source.path} cannot be listed",
-            got=f"{type(error).__name__}: {error}",
-            do="check the URI, the rights, and that the package for this protocol is installed",
-        ) from None
-    named = ((path[len(root) :].lstrip("/"), info) for path, info in found.items())
     # As pathlib has it, **/ may also stand for no folder.
     globs = (source.glob, source.glob.removeprefix("**/"))
     return [
-        (name, f"{source.path.rstrip('/')}/{name}", int(info["size"] or 0))
-        for name, info in named
-        if any(fnmatch(name, glob) for glob in globs)
+        (file.name, f"{source.path.rstrip('/')}/{file.name}", file.size_bytes)
+        for file in list_remote(source.path)
+        if any(fnmatch(file.name, glob) for glob in globs)
     ]
 
 
@@ -157,9 +146,8 @@ def identify(source: SourceConfig) -> tuple[str, Artifact | str]:
     """
     total = hashlib.sha256()
     if "://" in source.path:
-        system, _ = fsspec.core.url_to_fs(source.path)
-        for relative, location, _ in _matching(source):
-            total.update(f"{relative}\0{system.ukey(location)}\n".encode())  # its size and date, or its ETag
+        for remote in sorted(list_remote(source.path), key=lambda remote: remote.name):
+            total.update(f"{remote.name}\0{remote.version}\n".encode())
         return "", total.hexdigest()
     for folder in (Path(source.path), *Path(source.path).parents):
         if (folder / MANIFEST).exists() or (folder / UNFINISHED).exists():
