@@ -138,9 +138,12 @@ def test_signatures_come_out_of_a_column_as_they_went_in() -> None:
     column = pa.chunked_array(
         [pa.array([row.tobytes() for row in part], type=kind) for part in (signatures[:3], signatures[3:])]
     )
-    np.testing.assert_array_equal(dedup.signatures_of(column), signatures)
-    np.testing.assert_array_equal(dedup.signatures_of(column.slice(1, 4)), signatures[1:5])
-    assert dedup.signatures_of(column.slice(0, 0)).shape == (0, dedup.NUM_PERMUTATIONS)
+    every = np.ones(len(column), dtype=bool)
+    np.testing.assert_array_equal(dedup.signatures_of(column, every), signatures)
+    np.testing.assert_array_equal(dedup.signatures_of(column.slice(1, 4), every[:4]), signatures[1:5])
+    assert dedup.signatures_of(column.slice(0, 0), every[:0]).shape == (0, dedup.NUM_PERMUTATIONS)
+    odd = np.arange(len(column)) % 2 == 1
+    np.testing.assert_array_equal(dedup.signatures_of(column, odd), signatures[odd])
 
 
 def test_of_a_large_cluster_of_unlike_texts_the_copies_go_and_each_is_like_one_that_is_kept() -> None:

@@ -57,7 +57,10 @@ def test_a_changed_object_is_another_source(s3: S3Server, tmp_path: Path) -> Non
 
 def test_a_missing_bucket_a_missing_folder_and_a_refused_key_are_one_error_each(s3: S3Server, tmp_path: Path) -> None:
     upload(write_inputs(tmp_path / "in", ["web/1.html"]), s3.uri)
-    for place, told in ((f"{s3.uri}x", "(?s)cannot be listed.*NO_SUCH_BUCKET"), (f"{s3.uri}/nowhere", "(?s)nowhere cannot be listed")):
+    for place, told in (
+        (f"{s3.uri}x", "(?s)cannot be listed.*NO_SUCH_BUCKET"),
+        (f"{s3.uri}/nowhere", "(?s)nowhere cannot be listed"),
+    ):
         with pytest.raises(InputError, match=told):
             list_files([source_at(place)])
     files = list_files([source_at(s3.uri)])

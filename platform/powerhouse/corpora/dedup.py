@@ -71,15 +71,16 @@ def similarity(signatures_NP: Signatures, others_NP: Signatures) -> npt.NDArray[
     return np.asarray((signatures_NP == others_NP).mean(axis=-1))
 
 
-def signatures_of(column: pa.ChunkedArray) -> Signatures:
-    """Give a column of signatures, none of them null, as an array, [N, P], without a copy for each."""
-    blocks = [
-        np.frombuffer(chunk.buffers()[1], dtype=np.uint32).reshape(-1, NUM_PERMUTATIONS)[
-            chunk.offset : chunk.offset + len(chunk)
-        ]
-        for chunk in column.cast(pa.binary(4 * NUM_PERMUTATIONS)).chunks
-    ]
-    return np.concatenate([*blocks, np.empty((0, NUM_PERMUTATIONS), dtype=np.uint32)])
+def signatures_of(column: pa.ChunkedArray, is_wanted_N: npt.NDArray[np.bool_]) -> Signatures:
+    """Give the wanted of a column of signatures, none of them null, as an array, [N, P]; it is the only copy that is made."""
+    signatures_NP = np.empty((int(is_wanted_N.sum()), NUM_PERMUTATIONS), dtype=np.uint32)
+    start = filled = 0
+    for chunk in column.cast(pa.binary(4 * NUM_PERMUTATIONS)).chunks:
+        here_NP = np.frombuffer(chunk.buffers()[1], dtype=np.uint32).reshape(-1, NUM_PERMUTATIONS)
+        wanted_NP = here_NP[chunk.offset : chunk.offset + len(chunk)][is_wanted_N[start : start + len(chunk)]]
+        signatures_NP[filled : filled + len(wanted_NP)] = wanted_NP
+        start, filled = start + len(chunk), filled + len(wanted_NP)
+    return signatures_NP
 
 
 def detection_probability(jaccard: float) -> float:
@@ -90,10 +91,10 @@ def detection_probability(jaccard: float) -> float:
 def band_keys(signatures_NP: Signatures) -> U64:
     """Hash each band with its number, [N, B]: equal keys mark candidates."""
     num_documents = len(signatures_NP)
-    bands_NBV = signatures_NP.reshape(num_documents, NUM_BANDS, NUM_PERMUTATIONS // NUM_BANDS).astype(np.uint64)
+    bands_NBV = signatures_NP.reshape(num_documents, NUM_BANDS, NUM_PERMUTATIONS // NUM_BANDS)
     keys_NB = np.broadcast_to(np.arange(NUM_BANDS, dtype=np.uint64) * _MIX, (num_documents, NUM_BANDS)).copy()
     for value in range(bands_NBV.shape[2]):
-        keys_NB = (keys_NB ^ bands_NBV[:, :, value]) * _MIX
+        keys_NB = (keys_NB ^ bands_NBV[:, :, value].astype(np.uint64)) * _MIX
         keys_NB ^= keys_NB >> np.uint64(29)
     return keys_NB
 
@@ -221,10 +222,10 @@ class RemoveDuplicates:
     def _remove(self, index: pa.Table) -> Iterator[Removal]:
         is_accepted = pc.is_null(index["reason"])
         rows = np.flatnonzero(is_accepted.to_numpy())
-        accepted = index.filter(is_accepted)
-        hashes_N, lengths_N = (accepted[name].to_numpy() for name in ("text_hash", "num_chars"))
-        doc_ids = accepted["doc_id"]
-        for found in find_duplicates(signatures_of(accepted["signature"]), hashes_N, lengths_N, self._threshold):
+        accepted = index.select(["doc_id", "text_hash", "num_chars"]).filter(is_accepted)
+        doc_ids, hashes_N, lengths_N = (accepted[name].to_numpy() for name in accepted.column_names)
+        signatures_NP = signatures_of(index["signature"], is_accepted.to_numpy())
+        for found in find_duplicates(signatures_NP, hashes_N, lengths_N, self._threshold):
             reason = "exact_duplicate" if found.is_exact else "near_duplicate"
             detail = f"{found.similarity:.2f} like {doc_ids[found.kept]}"
             yield Removal(int(rows[found.removed]), reason, detail, int(rows[found.kept]), found.similarity)

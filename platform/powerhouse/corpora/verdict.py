@@ -48,6 +48,8 @@ def reject_bad_files(index: pa.Table, num_files: int, max_share: float) -> pa.Ta
             allowed=f"max_bad_file_share={max_share:g} of the files",
             do="mend them, or raise max_bad_file_share: bad files are then left out, named and counted",
         )
+    if not details:
+        return index
     columns = zip(_file_keys(index), index["reason"].to_pylist(), index["detail"].to_pylist(), strict=True)
     final = [(BAD_FILE, details[key]) if key in details else (reason, detail) for key, reason, detail in columns]
     return _replace(index, reason=[reason for reason, _ in final], detail=[detail for _, detail in final])
@@ -86,7 +88,8 @@ def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float, w
 
 def _num_copies(index: pa.Table, weights: Mapping[str, float]) -> npt.NDArray[np.int64]:
     """Give how often each document is wanted: of a weight of 2.3, three times for the 30% with the lowest mixed hash."""
-    wanted = np.array([weights[source] for source in index["source"].to_pylist()])
+    sources = index["source"].combine_chunks().dictionary_encode()
+    wanted = np.array([weights[source] for source in sources.dictionary.to_pylist()])[sources.indices.to_numpy()]
     mixed = index["doc_id"].to_numpy() * np.uint64(0x9E3779B97F4A7C15)  # the doc_id itself decides what is held out
     return np.asarray(np.floor(wanted + 1 - (mixed.astype(np.float64) / 2.0**64) - 1e-12), dtype=np.int64)
 
