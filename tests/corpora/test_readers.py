@@ -248,6 +248,51 @@ def test_pieces_of_a_text_give_the_chunks_of_the_whole_at_the_bytes_where_they_b
         assert [item for file in files for item in read_documents(file.location, file.options(1000))] == whole
 
 
+def peak_of_reading(path: Path) -> int:
+    """Read a file to its end and give the most that this process had in memory meanwhile, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is counted from here
+    for _document in read_documents(path, ReadOptions()):
+        pass
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def wiki(number: int) -> bytes:
+    text = paragraphs(number, number + 200)
+    return f"<page><ns>0</ns><id>{number}</id><revision><text>{text}</text></revision></page>".encode()
+
+
+LARGE: dict[str, tuple[bytes, Callable[[int], bytes], bytes]] = {
+    "a.txt": (b"", lambda number: paragraphs(number, number + 200).encode(), b""),
+    "a.txt.gz": (b"", lambda number: gzip.compress(paragraphs(number, number + 200).encode(), 1), b""),
+    "a.jsonl": (b"", lambda number: json.dumps({"text": paragraphs(number, number + 200)}).encode() + b"\n", b""),
+    "a.csv.zst": (zstandard(b"text\n"), lambda number: zstandard(f'"{paragraphs(number, number + 200)}"\n'.encode()), b""),
+    "a.warc.gz": (
+        b"", lambda number: gzip.compress(warc_record("http://a/", b"<p>" + paragraphs(number, number + 200).encode()), 1), b""
+    ),
+    "a.xml.bz2": (bz2.compress(b"<mediawiki>"), lambda number: bz2.compress(wiki(number), 1), bz2.compress(b"</mediawiki>")),
+}  # fmt: skip
+"""How a file begins, a record of some 9 kB, and how it ends."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
+    head, record, tail = LARGE[name]
+    records = b"".join(map(record, range(100)))
+    small = write(tmp_path / f"small-{name}", head + records + tail)
+    large = tmp_path / f"large-{name}"
+    with large.open("wb") as file:
+        file.write(head)
+        for _ in range(40):
+            file.write(records)
+        file.write(tail)
+    del records
+
+    before = peak_of_reading(small)
+    assert peak_of_reading(large) < before + 10_000_000, "the large one has 38 MB of text, the small one has 1"
+
+
 def test_chunks_join_to_the_text_and_stand_at_their_offsets() -> None:
     text = paragraphs(0, 400)
     chunks = list(split_chunks(lines_of(text), 1000))
