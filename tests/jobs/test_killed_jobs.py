@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
+import ray
 
+from powerhouse.corpora import session
 from powerhouse.corpora.pipeline import CurateConfig, curate
+from powerhouse.corpora.session import TABLES, WorkersConfig, connect, worker_failures
+from powerhouse.errors import ClusterError
 from powerhouse.telemetry import make_logger
 from tiny_corpus import contents, curate_config, job_overrides, prose, start_job, tiny_cluster
 
@@ -41,24 +47,28 @@ def wait_for_more_parts(corpus: Path, is_alive: Callable[[], bool]) -> None:
     assert not (corpus.with_name("corpus_documents") / "manifest.json").exists()
 
 
-def kill_machine(config: CurateConfig, storage: Path) -> None:
-    """Kill a job together with the Ray that it started, as when the machine goes down."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
-        job = start_job("curate_corpus.py", *job_overrides(config), storage=storage, temporary=temporary)
-        wait_for_more_parts(config.output, lambda: job.poll() is None)
-        children = psutil.Process(job.pid).children(recursive=True)
-        for process in (job, *children):
-            process.send_signal(signal.SIGKILL)
-        psutil.wait_procs(children, timeout=60)
-        job.communicate()
-
-
-def kill_driver(config: CurateConfig, storage: Path, address: str) -> None:
-    """Kill the job alone; the cluster that it ran on stays."""
+def kill_driver(config: CurateConfig, storage: Path, address: str, *, with_workers: bool) -> None:
+    """Start a job on the cluster and kill it, alone or with all processes that work for it."""
     job = start_job("curate_corpus.py", *job_overrides(config), storage=storage, address=address)
     wait_for_more_parts(config.output, lambda: job.poll() is None)
-    job.send_signal(signal.SIGKILL)
+    workers = workers_here() if with_workers else []
+    job.kill()
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves when the one that they work for is gone
+            worker.kill()
     job.communicate()
+
+
+def workers_here() -> list[psutil.Process]:
+    """Give the processes of this process' Ray that run tasks and actors, and what they have started."""
+    return [child for child in psutil.Process().children(recursive=True) if is_worker(child) or is_worker(child.parent())]
+
+
+def is_worker(process: psutil.Process | None) -> bool:
+    try:
+        return process is not None and "".join(process.cmdline()).startswith("ray::")
+    except psutil.Error:
+        return False
 
 
 def kill_worker(config: CurateConfig) -> None:
@@ -66,27 +76,56 @@ def kill_worker(config: CurateConfig) -> None:
     thread = threading.Thread(target=curate, args=(config,))
     thread.start()
     wait_for_more_parts(config.output, thread.is_alive)
-    actors = [process for process in psutil.process_iter(["cmdline"]) if "_Processor" in "".join(process.info["cmdline"] or [])]
-    ours = set(psutil.Process().children(recursive=True))
-    next(process for process in actors if process in ours).send_signal(signal.SIGKILL)
+    next(worker for worker in workers_here() if "_Processor" in "".join(worker.cmdline())).kill()
     thread.join()
 
 
-def test_killed_as_machine_as_driver_and_as_worker_it_ends_with_the_same_bytes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    with tiny_cluster() as address:
+        yield address
+
+
+def fail(_: pa.Table) -> pa.Table:
+    raise OSError(28, "No space left on device")
+
+
+class Deadly:
+    """An actor that no document leaves alive."""
+
+    def __call__(self, _: pa.Table) -> pa.Table:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("it is dead")
+
+
+def test_what_workers_cannot_do_is_one_error(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_MAX_RETRIES", 0)
+    workers = WorkersConfig(num=1)
+    connect(workers)
+    items = ray.data.range(1)
+    with (
+        pytest.raises(ClusterError, match=r"(?s)documents: the workers cannot.*No space left on device\n  do: see"),
+        worker_failures("documents"),
+    ):
+        items.map_batches(fail, **TABLES, **workers.options()).materialize()
+    with pytest.raises(ClusterError, match=r"(?s)documents: the workers cannot.*Died"), worker_failures("documents"):
+        items.map_batches(Deadly, **TABLES, **workers.pool(1)).materialize()
+
+
+def test_a_job_killed_whole_then_its_driver_then_a_worker_ends_with_the_same_bytes(
+    cluster: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_logger("corpora").addHandler(caplog.handler)
     (tmp_path / "in").mkdir()
     for number in range(NUM_FILES):
         (tmp_path / "in" / f"{number:04d}.txt").write_text(prose(number, 6))
     config = make_config(tmp_path / "in", tmp_path / "corpus")
-    with tiny_cluster() as address:
-        kill_machine(config, tmp_path)
-        of_first_run = parts_of(config.output)
-        kill_driver(config, tmp_path, address)
-        of_second_run = parts_of(config.output)
-        kill_worker(config)
-        whole = curate(make_config(tmp_path / "in", tmp_path / "other" / "corpus"))
+    kill_driver(config, tmp_path, cluster, with_workers=True)
+    of_first_run = parts_of(config.output)
+    kill_driver(config, tmp_path, cluster, with_workers=False)
+    of_second_run = parts_of(config.output)
+    kill_worker(config)
+    whole = curate(make_config(tmp_path / "in", tmp_path / "other" / "corpus"))
     assert 0 < len(of_first_run) < len(of_second_run)
     assert of_first_run.items() < of_second_run.items() < parts_of(config.output).items()
     assert contents(config.output) == contents(whole.path)
