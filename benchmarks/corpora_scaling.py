@@ -9,7 +9,8 @@ is starting workers. Memory is what a process has for itself (resident less shar
 which keeps what it once had, and of the largest worker.
 
 What the driver needs for each document is measured apart, in a process for each number of documents: the decision over the
-index of the largest run, repeated, with random signatures of which a tenth are near-duplicates.
+index of the largest run, repeated, with random signatures of which a tenth are near-duplicates. Its bytes a document are the
+slope between the numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,6 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
 
@@ -142,32 +145,40 @@ def fit(rows: list[dict[str, Any]], seconds: Callable[[dict[str, Any]], float]) 
     return {"a_s": float(start), "b_s_per_mb": float(slope), "r2": float(1 - rest @ rest / ((taken - taken.mean()) ** 2).sum())}
 
 
-def measure_driver(index: Path, num_documents: int) -> dict[str, float]:
-    """Decide over that many documents; give seconds and bytes, less what there was before the index."""
-    table = pq.read_table(index)
+def write_index(index: Path, path: Path, num_documents: int) -> None:
+    """Write that many documents: those of the index again and again, a tenth of all with the signature of another."""
+    table = pq.read_table(index).slice(0, num_documents // 20)
     rng = np.random.default_rng(0)
-    before = peak_rss_mib()
-    signatures = rng.integers(0, 2**32, (num_documents, NUM_PERMUTATIONS), dtype=np.uint32)
-    num_twins = num_documents // 10
-    signatures[:num_twins] = signatures[num_twins : 2 * num_twins]
-    signatures[:num_twins, 20:30] = 5
-    fresh = {
-        "order": pa.array(np.arange(num_documents)),
-        "doc_id": pa.array(rng.integers(0, 2**64, num_documents, dtype=np.uint64)),
-        "text_hash": pa.array(rng.integers(0, 2**64, num_documents, dtype=np.uint64)),
-        "signature": pa.Array.from_buffers(pa.binary(4 * NUM_PERMUTATIONS), num_documents, [None, pa.py_buffer(signatures)]),
-    }
-    del signatures
-    many = pa.concat_tables([table] * -(-num_documents // len(table))).slice(0, num_documents)
-    for name, column in fresh.items():
-        many = many.set_column(many.column_names.index(name), name, column)
-    many = many.combine_chunks()
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for first in range(0, num_documents, len(table)):
+            size = len(table)
+            if first % (10 * size) != size:  # of ten blocks, the second repeats the first
+                signatures = rng.integers(0, 2**32, (size, NUM_PERMUTATIONS), dtype=np.uint32)
+            else:
+                signatures[:, 20:30] = 5
+            fresh = {
+                "order": pa.array(np.arange(first, first + size)),
+                "doc_id": pa.array(rng.integers(0, 2**64, size, dtype=np.uint64)),
+                "text_hash": pa.array(rng.integers(0, 2**64, size, dtype=np.uint64)),
+                "signature": pa.array([row.tobytes() for row in signatures], type=pa.binary(4 * NUM_PERMUTATIONS)),
+            }
+            for name, column in fresh.items():
+                table = table.set_column(table.column_names.index(name), name, column)
+            writer.write_table(table)
+
+
+def measure_driver(index: Path, num_documents: int) -> dict[str, float]:
+    """Read the index of that many documents and decide, as curation does; give seconds, and the bytes that this took."""
+    with tempfile.TemporaryDirectory() as temporary:
+        write_index(index, Path(temporary) / "index.parquet", num_documents)
+        before = peak_rss_mib()
+        table = pads.dataset(Path(temporary) / "index.parquet").to_table()
     config = CurateConfig.model_validate({"inputs": [{"name": "books", "kind": "book", "path": "."}], "output": "."})
     start = time.monotonic()
-    verdicts = decide(many, make_corpus_steps(config), 0.05, {"books": 1.0})
+    verdicts = decide(table, make_corpus_steps(config), 0.05, {"books": 1.0})
     make_report(verdicts, defaultdict(str), config.quality)
     seconds = time.monotonic() - start
-    return {"seconds": seconds, "index_bytes": many.nbytes, "peak_bytes": (peak_rss_mib() - before) * 2**20}
+    return {"seconds": seconds, "index_bytes": table.nbytes, "peak_bytes": (peak_rss_mib() - before) * 2**20}
 
 
 def show(rows: list[dict[str, Any]], fits: dict[str, dict[str, float]], driver: list[dict[str, float]]) -> None:
@@ -183,9 +194,11 @@ def show(rows: list[dict[str, Any]], fits: dict[str, dict[str, float]], driver: 
     for stage, line in fits.items():
         print("{:>9}: {a_s:.1f} s + {b_s_per_mb:.3f} s a megabyte, R2 {r2:.4f}".format(stage, **line))
     for item in driver:
-        peak, index = (item[f"{name}_bytes"] / item["num_documents"] for name in ("peak", "index"))
-        each = f"{peak:,.0f} bytes a document at the peak, {index:,.0f} of them the index"
-        print(f"driver, {item['num_documents']:,} documents: {item['seconds']:.1f} s, {each}")
+        print(f"driver, {item['num_documents']:,} documents: {item['seconds']:.1f} s, peak {item['peak_bytes'] / 1e6:,.0f} MB")
+    for one, other in pairwise(driver):
+        more = other["num_documents"] - one["num_documents"]
+        peak, index = ((other[name] - one[name]) / more for name in ("peak_bytes", "index_bytes"))
+        print(f"each document more: {peak:,.0f} bytes at the peak, {index:,.0f} of them the index")
 
 
 if __name__ == "__main__":
