@@ -3,17 +3,12 @@ from __future__ import annotations
 import bz2
 import gzip
 import http.server
-import io
-import json
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from powerhouse.corpora import opening, plain, sources
@@ -22,6 +17,7 @@ from powerhouse.corpora.document import RawDocument
 from powerhouse.corpora.readers import ReadOptions, read_documents
 from powerhouse.corpora.sources import SourceConfig, list_files
 from powerhouse.errors import InputError
+from raw_files import epub, paragraphs, parquet, warc_record, write, zstandard
 
 PAGE = "<html><body><p>Hello there.</p></body></html>"
 DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/">
@@ -33,53 +29,12 @@ JSONL = '{"text": "Être."}\n{"text": "Two.", "more": 1}\n\n'
 CSV = 'id,text\n1,"Être, ""so"" to say.\nA second line."\n2,Two.\n'
 
 
-def zstandard(content: bytes) -> bytes:
-    return bytes(pa.compress(content, codec="zstd", asbytes=True))
-
-
-def warc_record(url: str, body: bytes, status: int = 200, kind: str = "text/html; charset=utf-8") -> bytes:
-    http = f"HTTP/1.1 {status} OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    head = f"WARC/1.1\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:0>\r\nWARC-Target-URI: {url}\r\n"
-    head += "WARC-Date: 2020-01-01T00:00:00Z\r\nContent-Type: application/http; msgtype=response\r\n"
-    return f"{head}Content-Length: {len(http)}\r\n\r\n".encode() + http + b"\r\n\r\n"
-
-
-def epub(chapters: dict[str, bytes], package: str | None = None) -> bytes:
-    """Write a book whose reading order is the reverse of the order in the zip."""
-    items = "".join(f'<item id="{name}" href="{name}.xhtml" media-type="application/xhtml+xml"/>' for name in chapters)
-    spine = "".join(f'<itemref idref="{name}"/>' for name in reversed(chapters))
-    default = f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest><spine>{spine}</spine></package>'
-    container = '<container><rootfiles><rootfile full-path="OEBPS/content.opf"/></rootfiles></container>'
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as book:
-        book.writestr("META-INF/container.xml", container)
-        book.writestr("OEBPS/content.opf", package or default)
-        for name, content in chapters.items():
-            book.writestr(f"OEBPS/{name}.xhtml", content)
-    return buffer.getvalue()
-
-
-def parquet(texts: list[str | None], **options: int) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"id": range(len(texts)), "text": pa.array(texts, type=pa.string())}), buffer, **options)
-    return buffer.getvalue()
-
-
 def read(path: Path, **options: object) -> list[RawDocument]:
     return list(read_documents(path, ReadOptions(chunk_chars=1000, **options)))  # type: ignore[arg-type]
 
 
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
 def outcome(documents: list[RawDocument]) -> list[tuple[int, str, str | None]]:
     return [(item.offset, item.content, item.rejection.reason if item.rejection else None) for item in documents]
-
-
-def paragraphs(first: int, last: int) -> str:
-    return "".join(f"Paragraph {number} says {number * number}.\nIt has a second line.\n\n" for number in range(first, last))
 
 
 def lines_of(text: str) -> list[tuple[int, str]]:
@@ -202,95 +157,6 @@ def test_a_single_line_of_200_mb_is_cut_in_a_text_and_left_out_of_a_table(tmp_pa
     assert bad.rejection is not None
     assert bad.rejection.detail == "200,000,001 bytes long"
     assert (good.offset, good.content) == (200_000_001, "Good.")
-
-
-def test_pieces_of_a_large_file_hold_each_document_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"Document {number} {'x' * (number * 7 % 50)}" for number in range(300)]
-    write(tmp_path / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
-    write(tmp_path / "b.parquet", parquet(list(texts), row_group_size=7))
-    for name in ("a.jsonl", "b.parquet"):
-        whole = read(tmp_path / name)
-        for piece_bytes in (100, 777, 5000):
-            monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
-            files = list_files([SourceConfig(name="s", kind="other", path=str(tmp_path), glob=name)])
-            assert len(files) > 1
-            assert [item for file in files for item in read_documents(file.location, file.options(1000))] == whole
-
-
-ODD_LINES = {
-    "unix": "\n",
-    "windows": "\r\n",
-    "old mac": "\r",
-}
-
-
-@pytest.mark.parametrize("name", ODD_LINES)
-@pytest.mark.parametrize("long_chars", [0, 3000, 30_000])
-def test_pieces_of_a_text_give_the_chunks_of_the_whole_at_the_bytes_where_they_begin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, long_chars: int
-) -> None:
-    monkeypatch.setattr(plain, "MAX_LINE_BYTES", 1001)
-    for module in (plain, sources):
-        monkeypatch.setattr(module, "SECTION_BYTES", 2000)
-    text = (paragraphs(0, 150) + "être " * (long_chars // 5) + paragraphs(150, 300)).replace("says", "dît")
-    content = b"\xef\xbb\xbf" + text.replace("\n", ODD_LINES[name]).encode()
-    write(tmp_path / "a.txt", content)
-    whole = read(tmp_path / "a.txt")
-    assert "".join(item.content for item in whole) == text
-    assert [item.offset for item in whole] == sorted({item.offset for item in whole})
-    if name == "unix":
-        assert all(content.startswith(item.content[:20].encode(), item.offset) for item in whole[1:] if "ê" not in item.content)
-    assert read(write(tmp_path / "b.txt.gz", gzip.compress(content))) == whole
-    for piece_bytes in (1500, 3333, 9999):
-        monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
-        files = list_files([SourceConfig(name="s", kind="other", path=str(tmp_path), glob="a.txt")])
-        assert len(files) > 1
-        assert [item for file in files for item in read_documents(file.location, file.options(1000))] == whole
-
-
-def peak_of_reading(path: Path) -> int:
-    """Read a file to its end and give the most that this process had in memory meanwhile, in bytes."""
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is counted from here
-    for _document in read_documents(path, ReadOptions()):
-        pass
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def wiki(number: int) -> bytes:
-    text = paragraphs(number, number + 200)
-    return f"<page><ns>0</ns><id>{number}</id><revision><text>{text}</text></revision></page>".encode()
-
-
-LARGE: dict[str, tuple[bytes, Callable[[int], bytes], bytes]] = {
-    "a.txt": (b"", lambda number: paragraphs(number, number + 200).encode(), b""),
-    "a.txt.gz": (b"", lambda number: gzip.compress(paragraphs(number, number + 200).encode(), 1), b""),
-    "a.jsonl": (b"", lambda number: json.dumps({"text": paragraphs(number, number + 200)}).encode() + b"\n", b""),
-    "a.csv.zst": (zstandard(b"text\n"), lambda number: zstandard(f'"{paragraphs(number, number + 200)}"\n'.encode()), b""),
-    "a.warc.gz": (
-        b"", lambda number: gzip.compress(warc_record("http://a/", b"<p>" + paragraphs(number, number + 200).encode()), 1), b""
-    ),
-    "a.xml.bz2": (bz2.compress(b"<mediawiki>"), lambda number: bz2.compress(wiki(number), 1), bz2.compress(b"</mediawiki>")),
-}  # fmt: skip
-"""How a file begins, a record of some 9 kB, and how it ends."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
-def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
-    head, record, tail = LARGE[name]
-    records = b"".join(map(record, range(100)))
-    small = write(tmp_path / f"small-{name}", head + records + tail)
-    large = tmp_path / f"large-{name}"
-    with large.open("wb") as file:
-        file.write(head)
-        for _ in range(40):
-            file.write(records)
-        file.write(tail)
-    del records
-
-    before = peak_of_reading(small)
-    assert peak_of_reading(large) < before + 10_000_000, "the large one has 38 MB of text, the small one has 1"
 
 
 def test_chunks_join_to_the_text_and_stand_at_their_offsets() -> None:
