@@ -28,7 +28,7 @@ from powerhouse.training.loop import train
 from powerhouse.training.methods import method_of
 from powerhouse.training.objectives import Batch
 from powerhouse.training.optim import make_optimizer
-from powerhouse.training.sharding import gather_state
+from powerhouse.training.sharding import WholeState
 from powerhouse.training.watch import METRICS, Watch
 
 ROW_LENGTH = 17
@@ -114,9 +114,7 @@ def run_loop(config: TrainingConfig, stop_after: int | None = None, events: Any 
                 train(model, optimizer, guard, objective, batches, config, start, watch, checkpoints)
     except (StopIteration, StopRequest, PowerhouseError) as error:
         return f"{type(error).__name__}: {error}"
-    state = gather_state(model)
-    if dist.get_rank() == 0:
-        save_trained(config.output, config, state)
+    save_trained(config.output, config, WholeState(model), writes=dist.get_rank() == 0)
     return None
 
 

@@ -22,7 +22,7 @@ from powerhouse.training.build import build_model
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.loop import accumulate, gradients
 from powerhouse.training.methods import METHODS, Noise, method_of
-from powerhouse.training.sharding import gather_state
+from powerhouse.training.sharding import WholeState
 from tiny_run import ROW_LENGTH, SHAPES, make_config, method_batch, sharded_model, write_tokens
 
 
@@ -58,7 +58,7 @@ def losses_on(config: TrainingConfig) -> tuple[float, float]:
     model, _ = sharded_model(config)
     totals = accumulate(model, method_of(config.shape).objective, method_batch(config), config.run)
     square = sum(float(g.full_tensor().double().square().sum()) for g in gradients(model))
-    gather_state(model)
+    dict(WholeState(model))
     return float(totals[0] / totals[1]), square**0.5
 
 
@@ -129,7 +129,7 @@ def test_the_tokens_that_a_method_adds_are_the_ids_after_the_vocabulary(tmp_path
 
 
 def gathered_model(config: TrainingConfig) -> dict[str, torch.Tensor]:
-    return gather_state(build_model(config, torch.device("cpu")))
+    return dict(WholeState(build_model(config, torch.device("cpu"))))
 
 
 def test_training_starts_from_the_weights_of_a_directory(tmp_path: Path) -> None:

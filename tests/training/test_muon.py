@@ -16,7 +16,7 @@ from powerhouse.training.muon import Muon, orthogonalise
 from powerhouse.training.objectives import causal_language_model
 from powerhouse.training.optim import make_optimizer
 from powerhouse.training.settings import OptimConfig
-from powerhouse.training.sharding import gather_state
+from powerhouse.training.sharding import WholeState
 from tiny_run import make_config, random_batch, sharded_model
 
 
@@ -63,7 +63,7 @@ def trained(config: TrainingConfig) -> dict[str, torch.Tensor]:
     model, optimizer = sharded_model(config)
     for step in range(3):
         train_step(step, model, optimizer, Guard(config.optim), causal_language_model, random_batch(), config.run)
-    return gather_state(model)
+    return dict(WholeState(model))
 
 
 @pytest.mark.slow

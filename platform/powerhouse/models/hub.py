@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from powerhouse.config import validate
@@ -23,7 +22,7 @@ from powerhouse.models.hugging_face import FORMATS
 from powerhouse.models.hugging_face.adapter import load_adapter
 from powerhouse.models.hugging_face.format import Format
 from powerhouse.models.model import Model, ModelConfig
-from powerhouse.models.weights import WEIGHTS, SafetensorsWeights, Weights, read_json
+from powerhouse.models.weights import WEIGHTS, SafetensorsWeights, Weights, read_json, write_float32
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,11 @@ def _decoder_config(checkpoint: Checkpoint) -> DecoderConfig:
     return config
 
 
-def save_model(directory: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+def save_model(directory: Path, config: ModelConfig, state: Mapping[str, Tensor], *, writes: bool = True) -> None:
     """Write the directory, weights in fp32 and tied copies left out; transformers loads it.
+
+    Tensors are taken out of `state` one by one, in an order of their own. Without `writes` they are only taken: where that is a
+    collective, every rank calls this and one writes.
 
     Raises:
         ModelFormatError: Hugging Face has no model of this shape.
@@ -186,14 +188,14 @@ def save_model(directory: Path, config: ModelConfig, state: Mapping[str, Tensor]
     form = format_of(config)
     values = form.write(config)
     with torch.device("meta"):
-        tied = form.model_class(config).tied_names()
-    tensors = {
-        form.name(name, config): tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in state.items()
-        if name not in tied
-    }
+        model = form.model_class(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in model.tied_names()}
+    names = {form.name(name, config): name for name in shapes}
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    path = directory / WEIGHTS if writes else None
+    write_float32(path, {theirs: shapes[name] for theirs, name in names.items()}, lambda theirs: state[names[theirs]])
+    if not writes:
+        return
     _write_json(directory / "config.json", values)
     _write_json(directory / "generation_config.json", {"_from_model_config": True})
 

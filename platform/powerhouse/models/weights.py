@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +33,27 @@ class Weights(Protocol):
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor on the CPU; in its stored type, or with None, memory-mapped where it can be."""
         ...
+
+
+def write_float32(path: Path | None, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]) -> None:
+    """Write a safetensors file tensor by tensor, each dropped before the next is read.
+
+    Without a path the tensors are only read: where reading is a collective, all ranks read and one writes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path or os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            tensor = read(name).detach().to("cpu", torch.float32).contiguous()
+            if path:
+                tensor.numpy().tofile(file)
+            del tensor
 
 
 class SafetensorsWeights:

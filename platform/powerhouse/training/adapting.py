@@ -5,6 +5,7 @@ Shapes: B rows, T positions, K tokens of a soft prompt, C model width, D documen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -110,10 +111,16 @@ def _has_dropout(config: TrainingConfig) -> bool:
     return isinstance(config.adapter, LoRAConfig) and config.adapter.dropout > 0
 
 
-def save_trained(folder: Path, config: TrainingConfig, state: dict[str, Tensor]) -> None:
-    """Write what was trained: the model directory, or the adapter's, with the merged model in it if that is asked for."""
+def save_trained(folder: Path, config: TrainingConfig, state: Mapping[str, Tensor], *, writes: bool) -> None:
+    """Write what was trained: the model directory, or the adapter's, with the merged model in it if that is asked for.
+
+    Taking a tensor out of `state` may be a collective: every rank calls this, and one writes.
+    """
     if config.adapter is None:
-        save_model(folder, config.shape, state)
+        save_model(folder, config.shape, state, writes=writes)
+        return
+    state = {name: tensor.to("cpu") for name, tensor in state.items()}
+    if not writes:
         return
     assert config.start_from is not None, "an adapter has a model to start from"
     adapter = Adapter(config.adapter, state)

@@ -34,7 +34,7 @@ from powerhouse.training.guard import Guard
 from powerhouse.training.loop import train
 from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
-from powerhouse.training.sharding import gather_state
+from powerhouse.training.sharding import WholeState
 from powerhouse.training.summary import write_summary
 from powerhouse.training.watch import METRICS, Watch, check_watch
 from powerhouse.training.workers import shrink_group
@@ -172,9 +172,7 @@ def work(config: TrainingConfig) -> None:
         batches = read_batches(config, start_step, dist.get_rank(), dist.get_world_size(), device)
         with Watch(config, model, start_step, _ray_gauges()) as watch:
             train(model, optimizer, guard, objective, batches, config, start_step, watch, checkpoints)
-    state = gather_state(model)
-    if dist.get_rank() == 0:
-        save_trained(config.output, config, state)
+    save_trained(config.output, config, WholeState(model), writes=dist.get_rank() == 0)
 
 
 def _is_asked_to_stop() -> bool:

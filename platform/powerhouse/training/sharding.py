@@ -6,15 +6,16 @@ optimiser's state. A block's parameters are gathered, in the precision of the co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from powerhouse.models.model import Model
 
@@ -88,11 +89,24 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(model.blocks().values())  # type: ignore[operator]
 
 
-def gather_state(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained, whole float32 tensors by name on rank 0's CPU; nothing on the other ranks. A collective."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    frozen, state = frozen_names(model), get_model_state_dict(model, options=options)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and name not in frozen}
+class WholeState(Mapping[str, Tensor]):
+    """Whole tensors of what is trained, by name, each gathered when it is taken: a collective, so every rank
+    takes the same ones in one order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        frozen, state = frozen_names(model), get_model_state_dict(model)
+        self._slices = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and name not in frozen}
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._slices[name]
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def __len__(self) -> int:
+        return len(self._slices)
 
 
 def frozen_names(model: nn.Module) -> set[str]:
