@@ -66,6 +66,7 @@ class Mlflow:
             self._client.log_batch(run.info.run_id, params=parameters[:100])
             place.write_text(run.info.run_id, encoding="utf-8")
         self._run_id = place.read_text(encoding="utf-8")
+        self._client.update_run(self._run_id, status="RUNNING")  # again, where an earlier start of it was cut off
         self._last_step = max((point.step for point in self._client.get_metric_history(self._run_id, "loss")), default=-1)
 
     def log(self, step: int, values: Mapping[str, float], texts: Texts) -> None:
