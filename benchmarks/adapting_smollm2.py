@@ -1,6 +1,6 @@
 """SmolLM2-135M told to rate sentences of film reviews: as it is, and after prompt tuning, LoRA and full fine-tuning.
 
-    python benchmarks/adapting_smollm2.py [--num-train 320 --num-heldout 250]
+    python benchmarks/adapting_smollm2.py [--num-train 256 --num-heldout 200]
 
 The sentences and their human ratings (Hutto and Gilbert 2014) come from vaderSentiment's source distribution; those that
 people rate within 1 of neutral are left out, as is a text that is there twice. Every method is trained by the job that users
@@ -127,8 +127,8 @@ def train(folder: Path, name: str, num_steps: int, arguments: argparse.Namespace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-train", type=int, default=320)
-    parser.add_argument("--num-heldout", type=int, default=250)
+    parser.add_argument("--num-train", type=int, default=256)
+    parser.add_argument("--num-heldout", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -166,6 +166,7 @@ def main() -> None:
 
 def row(name: str, num_parameters: float, seconds: float, score: Score) -> tuple[str, int, float, float, float, float]:
     assert score.interval is not None, "there is more than one sentence"
+    print(f"{name}: {score.value:.3f} of {score.n}, {score.interval[0]:.3f} to {score.interval[1]:.3f}", flush=True)
     return (name, int(num_parameters), round(seconds, 1), round(score.value, 4), *(round(end, 4) for end in score.interval))
 
 
