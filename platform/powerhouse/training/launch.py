@@ -81,7 +81,7 @@ def _make(folder: Path, config: TrainingConfig, row_length: int) -> Counts:
         "steps": config.num_steps,
         "tokens_seen": config.num_steps * config.global_batch_rows * method.num_positions(row_length),
         "skipped_steps": int(sum(row["skipped"] for row in rows)),
-        "final_loss": round(sum(last) / len(last), 4),
+        **({"final_loss": round(sum(last) / len(last), 4)} if last else {}),  # unless the log was lost, and not the checkpoint
     }
 
 
@@ -118,7 +118,7 @@ def _run_workers(config: TrainingConfig) -> None:
         raise result.return_value
 
 
-_OUT_OF_MEMORY = ("OutOfMemory", "MemoryError", "out of memory", "can't allocate memory", "memory monitor")
+_OUT_OF_MEMORY = ("OutOfMemory", "MemoryError", "out of memory", "can't allocate memory", "low on memory")
 
 
 def _explain(error: ray.train.TrainingFailedError, max_failures: int) -> PowerhouseError:
