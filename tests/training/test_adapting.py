@@ -180,6 +180,7 @@ def test_documents_packed_in_a_row_have_the_loss_that_each_has_alone_after_its_o
         ({"adapter": {"kind": "ia3"}}, "adapter: got {'kind': 'ia3'}; allowed: a kind of lora, prompt"),
         ({"adapter": {"rank": 3}}, "adapter: got {'rank': 3}; allowed: a kind of lora, prompt"),
         ({"adapter": {"kind": "lora", "rank": 0}}, r"adapter\.rank: got 0; allowed: input should be greater than 0"),
+        ({"precision": "float8"}, "precision: layers with LoRA do not multiply in 8 bits\n  got: float8\n  allowed: bfloat16"),
         ({"adapter": {"kind": "lora", "rnk": 1}}, r"adapter\.rnk: unknown key; did you mean rank\? allowed: alpha"),
         (
             {"adapter": {"kind": "prompt", "num_tokens": 113}},

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from powerhouse.artifacts import Artifact
 from powerhouse.config import Config, StoragePath
 from powerhouse.errors import ConfigError
-from powerhouse.models.adapters import AdapterConfig, PromptConfig, make_adapter_config
+from powerhouse.models.adapters import AdapterConfig, LoRAConfig, PromptConfig, make_adapter_config
 from powerhouse.models.encoder import EncoderConfig
 from powerhouse.models.encoder_decoder import T5Config
 from powerhouse.models.hub import open_checkpoint
@@ -130,6 +130,8 @@ def check(config: TrainingConfig, tokens: Artifact) -> None:
         ConfigError: the global batch does not divide, the checkpoints have no known kind of store, or the model cannot take
             these tokens.
     """
+    if config.precision == "float8" and isinstance(config.adapter, LoRAConfig):
+        raise ConfigError("precision: layers with LoRA do not multiply in 8 bits", got="float8", allowed="bfloat16, float32")
     run = config.run
     check_batch(config.global_batch_rows, run.micro_batch_rows, run.worker_counts, run.workers_per_copy)
     Store(config.checkpoints)
