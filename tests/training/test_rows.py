@@ -14,7 +14,7 @@ import torch
 from powerhouse.corpora.shards import write_shard
 from powerhouse.errors import ConfigError, InputError
 from powerhouse.training.data import read_batches
-from powerhouse.training.rows import rows_folder
+from powerhouse.training.rows import check_rows, rows_folder
 from s3 import S3Server
 from tiny_run import ROW_LENGTH, make_config, write_tokens
 
@@ -34,9 +34,10 @@ def put(folder: Path, uri: str) -> None:
 
 @pytest.mark.slow
 def test_rows_of_an_object_store_are_fetched_once_and_are_the_same_batches(s3: S3Server, tmp_path: Path) -> None:
-    write_tokens(tmp_path / "tokens")
+    tokens = write_tokens(tmp_path / "tokens")
     put(tmp_path / "tokens" / "rows", f"{s3.uri}/rows")
     config = make_config(tmp_path, run={"rows": f"{s3.uri}/rows"})
+    check_rows(config, tokens)
     with ThreadPoolExecutor(4) as pool:
         [folder] = set(pool.map(rows_folder, [config] * 4))
     [shard] = folder.glob("*.arrow")
@@ -47,10 +48,13 @@ def test_rows_of_an_object_store_are_fetched_once_and_are_the_same_batches(s3: S
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert shard.stat().st_mtime_ns == fetched
 
-    write_shard(tmp_path / "rows-00000.arrow", np.full((40, ROW_LENGTH), 7, dtype=np.int32))
+    write_shard(tmp_path / "rows-00000.arrow", np.full((41, ROW_LENGTH), 7, dtype=np.int32))
     files, root = pyarrow.fs.FileSystem.from_uri(f"{s3.uri}/rows")
     pyarrow.fs.copy_files(str(tmp_path / "rows-00000.arrow"), f"{root}/rows-00000.arrow", destination_filesystem=files)
     assert (next(read_batches(config, 0, 0, 1, CPU))["inputs"] == 7).all(), "other rows under the same name"
+    pyarrow.fs.copy_files(str(tmp_path / "rows-00000.arrow"), f"{root}/rows-00001.arrow", destination_filesystem=files)
+    with pytest.raises(InputError, match=r"not the rows of .*tokens\n  got: 2 shards of \d+ bytes\n  allowed: 1 shards of"):
+        check_rows(config, tokens)
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from powerhouse.training.guard import Guard
 from powerhouse.training.loop import train
 from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
+from powerhouse.training.rows import check_rows
 from powerhouse.training.sharding import WholeState
 from powerhouse.training.summary import write_summary
 from powerhouse.training.watch import METRICS, Watch, check_watch
@@ -50,6 +51,7 @@ def train_model(config: TrainingConfig) -> Artifact:
     tokens = Artifact.open(config.tokens, "tokens")
     config = read_shape(config)
     check(config, tokens)
+    check_rows(config, tokens)
     check_watch(config)
     if config.precision == "auto":
         is_fast = computes_bfloat16("cuda" if config.run.use_gpu else "cpu")

@@ -9,50 +9,78 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import fs
 
+from powerhouse.artifacts import Artifact
 from powerhouse.errors import ConfigError, InputError
 from powerhouse.training.config import TrainingConfig
 
 ROWS = "rows"
 
 
+def check_rows(config: TrainingConfig, tokens: Artifact) -> None:
+    """Hold the shards of an object store against those of the tokens: their names and sizes.
+
+    Raises:
+        ConfigError, InputError: as `rows_folder`; or the shards are others.
+    """
+    if config.run.rows is None:
+        return
+    there = {f"{ROWS}/{item.base_name}": item.size for item in _list(config.run.rows)[1]}
+    here = {name: size for name, size in tokens.manifest.files.items() if name.startswith(f"{ROWS}/")}
+    if there != here:
+        raise InputError(
+            f"{config.run.rows}: not the rows of {config.tokens}",
+            got=f"{len(there)} shards of {sum(there.values())} bytes",
+            allowed=f"{len(here)} shards of {sum(here.values())} bytes",
+            do="copy the tokens' rows/ there again",
+        )
+
+
 def rows_folder(config: TrainingConfig) -> Path:
-    """The folder of shards, on this machine or on a file system that it sees.
+    """The folder of shards, on this machine or on a file system that it sees; what is not here yet is fetched.
 
     Raises:
         ConfigError: no store is known by the name in `run.rows`.
-        InputError: the store cannot be read, or has no shards there.
+        InputError: the store cannot be read.
     """
-    if config.run.rows is None:
+    uri = config.run.rows
+    if uri is None:
         return config.tokens / ROWS
-    return _fetch(config.run.rows)
+    files, shards = _list(uri)
+    # Other shards under the same name are another folder: the store's times tell them apart.
+    names = "".join(sorted(f"{item.base_name} {item.size} {item.mtime_ns}\n" for item in shards))
+    folder = Path(tempfile.gettempdir()) / f"powerhouse-rows-{hashlib.sha256((uri + names).encode()).hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock, _refused(uri):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the machine's processes wait for one another
+        for item in shards:
+            _copy(files, item, folder / item.base_name)
+    return folder
 
 
-def _fetch(uri: str) -> Path:
-    """Copy the shards that are not here yet, in the size that they have there; the machine's processes wait for one another."""
+def _list(uri: str) -> tuple[fs.FileSystem, list[fs.FileInfo]]:
     try:
         files, root = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ConfigError(
-            "run.rows: no store is known by this name", got=f"{uri} ({error})", allowed="s3://bucket/rows"
-        ) from None
+        what = "run.rows: no store is known by this name"
+        raise ConfigError(what, got=f"{uri} ({error})", allowed="s3://bucket/rows") from None
+    with _refused(uri):
+        return files, [item for item in files.get_file_info(fs.FileSelector(root)) if item.path.endswith(".arrow")]
+
+
+@contextmanager
+def _refused(uri: str) -> Iterator[None]:
     try:
-        shards = [item for item in files.get_file_info(fs.FileSelector(root)) if item.path.endswith(".arrow")]
-        # Other shards under the same name are another folder: the store's times tell them apart.
-        names = "".join(sorted(f"{item.base_name} {item.size} {item.mtime_ns}\n" for item in shards))
-        folder = Path(tempfile.gettempdir()) / f"powerhouse-rows-{hashlib.sha256((uri + names).encode()).hexdigest()[:16]}"
-        folder.mkdir(exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for item in shards:
-                _copy(files, item, folder / item.base_name)
+        yield
     except OSError as error:
-        raise InputError(f"{uri}: the rows cannot be fetched", got=error, do="check run.rows and the AWS_* variables") from None
-    return folder
+        do = "check run.rows and the AWS_* variables"
+        raise InputError(f"{uri}: the rows cannot be fetched", got=error, do=do) from None
 
 
 def _copy(files: fs.FileSystem, item: fs.FileInfo, path: Path) -> None:
