@@ -93,9 +93,10 @@ _START_TIMEOUT_S = 1800
 
 def _run_workers(config: TrainingConfig) -> None:
     """Run `work` on every worker; lost workers are replaced, and the new group goes on from the last checkpoint."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     connect("train", shows_workers=True)
     run, fewest = config.run, config.run.min_workers or config.run.num_workers
+    if fewest == run.num_workers:  # else Ray's time to start is up soon, and it counts anew how many there is room for
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     scaling = ray.train.ScalingConfig(
         num_workers=(fewest, run.num_workers) if fewest < run.num_workers else run.num_workers,
         use_gpu=run.use_gpu,
