@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact, NotDoneError, checking, produce, write_atomically
+from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact, NotDoneError, checking, produce, replacing, write_atomically
 from powerhouse.errors import ArtifactError
 
 
@@ -73,10 +73,13 @@ def test_a_damaged_file_is_told_and_the_stage_runs_again(tmp_path: Path) -> None
 def test_unfinished_work_is_resumed_where_it_can_be_and_else_redone(tmp_path: Path, can_resume: bool, found: list[str]) -> None:
     def die(path: Path) -> dict[str, int]:
         (path / "half.txt").write_text("half")
-        raise RuntimeError("killed")
+        with replacing(path / "other.txt") as other:
+            other.write_text("not all of it")
+            raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
         produce(tmp_path / "out", "model", {"x": 1}, {}, die, can_resume=can_resume)
+    assert len(list((tmp_path / "out").glob(".other.txt.*.tmp"))) == 1
     with pytest.raises(ArtifactError, match="unfinished"):
         Artifact.open(tmp_path / "out", "model")
     stage = Stage()
