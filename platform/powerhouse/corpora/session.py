@@ -48,6 +48,7 @@ def connect(workers: WorkersConfig) -> None:
     context = DataContext.get_current()
     context.execution_options.resource_limits = limits
     context.target_max_block_size = _BLOCK_BYTES
+    context.raise_original_map_exception = True
 
 
 @contextmanager
@@ -67,5 +68,5 @@ def worker_failures(what: str) -> Iterator[None]:
             raise cause from None
         told = str(cause).strip().splitlines()
         do = "see that the workers have memory and room on their disks; run the job again: what is finished is kept"
-        got = f"{type(cause).__name__}: {told[-1] if told else ''}"
+        got = f"{type(cause).__name__}: {told[0] if told else ''}"
         raise ClusterError(f"{what}: the workers cannot do their part", got=got, do=do) from error
