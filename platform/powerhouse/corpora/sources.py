@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import pairwise
@@ -152,7 +153,13 @@ def identify(source: SourceConfig) -> tuple[str, Artifact | str]:
     for folder in (Path(source.path), *Path(source.path).parents):
         if (folder / MANIFEST).exists() or (folder / UNFINISHED).exists():
             return str(Path(source.path).relative_to(folder)), Artifact.open(folder, "texts")
-    for relative, location, _ in _matching(source):
-        with open(location, "rb") as file:
-            total.update(f"{relative}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    found = _matching(source)
+    with ThreadPoolExecutor() as pool:  # hashing runs outside Python's lock
+        for (relative, _, _), digest in zip(found, pool.map(_digest, (location for _, location, _ in found)), strict=True):
+            total.update(f"{relative}\0{digest}\n".encode())
     return "", total.hexdigest()
+
+
+def _digest(location: str) -> str:
+    with open(location, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
