@@ -74,6 +74,14 @@ def test_bad_files_above_the_share_fail_and_are_named() -> None:
         reject_bad_files(index, 3, 0.3)
 
 
+def test_a_file_damaged_in_two_pieces_is_one_bad_file() -> None:
+    damaged = {"reason": "bad_file", "detail": "why", "path": "0.txt"}
+    final = reject_bad_files(index_of(damaged, {"path": "0.txt"}, damaged, {}), 2, 0.5)
+    assert final["reason"].to_pylist() == ["bad_file", "bad_file", "bad_file", None]
+    with pytest.raises(InputError, match=r"1 of 2 input files cannot be read"):
+        reject_bad_files(index_of(damaged, damaged, {}), 2, 0.4)
+
+
 def test_bad_files_within_the_share_take_all_their_documents_with_them() -> None:
     index = index_of({}, {"reason": "language", "path": "0.txt"}, {"reason": "bad_file", "detail": "why", "path": "0.txt"}, {})
     final = reject_bad_files(index, 2, 0.5)
