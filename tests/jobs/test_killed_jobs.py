@@ -24,8 +24,8 @@ from tiny_corpus import contents, curate_config, job_overrides, prose, start_job
 
 pytestmark = pytest.mark.slow
 
-NUM_FILES = 1792
-"""Seven tasks of one document a file, each long enough to be killed in."""
+NUM_FILES = 2560
+"""Ten tasks of one document a file, each long enough to be killed in."""
 
 
 def make_config(folder: Path, output: Path) -> CurateConfig:
@@ -134,5 +134,5 @@ def test_a_job_killed_whole_then_its_driver_then_a_worker_ends_with_the_same_byt
     assert contents(config.output) == contents(whole.path)
     assert contents(tmp_path / "corpus_documents") == contents(tmp_path / "other" / "corpus_documents")
     (told,) = (record.fields for record in caplog.records if record.message == "documents of an earlier run are kept")  # type: ignore[attr-defined]
-    assert told["num_kept"] == 256 * len(of_second_run)
+    assert told["num_kept"] >= 256 * len(of_second_run), "a worker may end its part after its driver's death"
     assert told["num_kept"] + told["num_scored"] == NUM_FILES
