@@ -86,19 +86,15 @@ def cluster() -> Iterator[str]:
         yield address
 
 
-def fail(_: pa.Table) -> pa.Table:
-    raise OSError(28, "No space left on device")
-
-
-class Deadly:
-    """An actor that no document leaves alive."""
-
-    def __call__(self, _: pa.Table) -> pa.Table:
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("it is dead")
-
-
 def test_what_workers_cannot_do_is_one_error(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: pa.Table) -> pa.Table:
+        raise OSError(28, "No space left on device")
+
+    class Deadly:
+        def __call__(self, _: pa.Table) -> pa.Table:
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("it is dead")
+
     monkeypatch.setattr(session, "_MAX_RETRIES", 0)
     workers = WorkersConfig(num=1)
     connect(workers)
