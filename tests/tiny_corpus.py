@@ -124,6 +124,6 @@ def start_job(
 
 
 def job_overrides(config: CurateConfig) -> list[str]:
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude_unset=True)
     keys = ("inputs", "output", "chunk_chars", "heldout_share", "num_documents_per_file", "quality")
     return [f"{key}={json.dumps(values[key])}" for key in keys]
