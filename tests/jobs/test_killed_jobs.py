@@ -66,7 +66,8 @@ def workers_here() -> list[psutil.Process]:
 
 def is_worker(process: psutil.Process | None) -> bool:
     try:
-        return process is not None and "".join(process.cmdline()).startswith("ray::")
+        name = "".join(process.cmdline()) if process is not None else ""
+        return name.startswith("ray::") and "Agent" not in name  # its node's agents take the node with them
     except psutil.Error:
         return False
 
