@@ -129,3 +129,9 @@ def losses(config: TrainingConfig) -> list[float]:
     rows = read_metrics(config.output / METRICS)
     assert [row["step"] for row in rows] == list(range(config.num_steps))
     return [row["loss"] for row in rows]
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of the lines of metrics.jsonl is the same in every run."""
+    timed = {"tokens_per_s", "step_s", "mfu", "memory_bytes", "energy_wh", "co2e_g"}
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows]

@@ -71,7 +71,7 @@ def test_where_sentences_are_rated_a_text_of_insults_is_left_out_for_them(tmp_pa
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     inputs = [SourceConfig(name="s", kind="book", path=str(tmp_path))]
     steps = make_document_steps(DocumentsConfig(inputs=inputs, rates_sentences=True))
-    index = pa.concat_tables([DocumentProcessor(steps)(raw) for raw in read_files(list_files(inputs), 1000)])
+    index = pa.concat_tables([DocumentProcessor(steps, 60)(raw) for raw in read_files(list_files(inputs), 1000)])
     repeated = [limit for limit in QualityConfig.model_fields if limit.startswith(("max_repeated", "max_top"))]
     off = dict.fromkeys([*repeated, "max_toxic_word_share"], 1) | {"min_stop_words": 0}
 

@@ -45,7 +45,7 @@ def test_a_page_nested_too_deep_is_a_reject_that_keeps_its_markup(tmp_path: Path
 
 def test_a_plain_text_may_speak_of_tags(tmp_path: Path) -> None:
     text = f"{PROSE} A Vec<T> holds values, a <div> holds others, and #include <stdio.h> holds none."
-    table = process(tmp_path, {"a.jsonl": json.dumps({"text": text}).encode(), "b.txt": text.encode()})
+    table = process_files(tmp_path, {"a.jsonl": json.dumps({"text": text}).encode(), "b.txt": text.encode()})
 
     assert table.select(["reason", "text"]).to_pylist() == [{"reason": None, "text": text}] * 2
 

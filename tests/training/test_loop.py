@@ -21,7 +21,7 @@ from powerhouse.training.guard import Guard
 from powerhouse.training.loop import train_step
 from powerhouse.training.objectives import Batch, causal_language_model
 from powerhouse.training.watch import METRICS
-from tiny_run import SHAPES, losses, make_config, random_batch, run_loop, sharded_model, write_tokens
+from tiny_run import SHAPES, losses, make_config, random_batch, run_loop, sharded_model, without_times, write_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"
 
@@ -124,10 +124,7 @@ def test_float16_and_muon_and_skipped_spikes_resume_to_the_bit(config: TrainingC
     run_on_ranks(2, run_loop, stopped, 20)
     assert run_on_ranks(2, run_loop, stopped) == [None, None]
 
-    rows = [
-        [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in read_metrics(run.output / METRICS)]
-        for run in (whole, stopped)
-    ]
+    rows = [without_times(read_metrics(run.output / METRICS)) for run in (whole, stopped)]
     assert rows[0] == rows[1]
     skipped = [row for row in rows[0] if row["skipped"]]
     assert rows[0][0] in skipped, "the first scale is far too high"

@@ -29,7 +29,7 @@ from powerhouse.training.config import TrainingConfig
 from powerhouse.training.energy import DeclaredMeter, RaplMeter, find_meter
 from powerhouse.training.trackers import Guarded
 from powerhouse.training.watch import METRICS, SAMPLES, STARTS, TENSORBOARD, check_watch
-from tiny_run import make_config, run_loop, write_tokens
+from tiny_run import make_config, run_loop, without_times, write_tokens
 
 PROMPT = "It was the best"
 
@@ -53,11 +53,6 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder / TENSORBOARD))
     events.Reload()
     return {name: [(point.step, point.value) for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
-
-
-def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = {"tokens_per_s", "step_s", "mfu", "memory_bytes", "energy_wh", "co2e_g"}
-    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
 
 
 @pytest.fixture(scope="module")
