@@ -28,7 +28,7 @@ def progress(name: str, total: float | None, unit: str, initial: int = 0) -> tqd
 
 
 class _Lines:
-    """Standard error for a bar that nobody watches: each state a line of its own, not one written over the last."""
+    """What is standard error when a line is written; a bar's states are lines too, none is written over the last."""
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
@@ -76,7 +76,7 @@ def make_logger(name: str) -> logging.Logger:
     """Return a logger that writes one JSON object a line to standard error; values go in `extra={"fields": {...}}`."""
     logger = logging.getLogger(f"powerhouse.{name}")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = logging.StreamHandler(_Lines())
         handler.setFormatter(_JsonFormatter())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
