@@ -1,0 +1,106 @@
+"""Tasks as a YAML file declares them: data, a template, what may stand in its slot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from powerhouse.config import Config, StoragePath
+from powerhouse.evaluation.asking import Writing
+from powerhouse.prompting import Template
+
+
+class ExamplesConfig(Config):
+    """Examples that stand before each question."""
+
+    data: StoragePath
+    """Items to draw from, with the columns of the task's own data; keep them apart from it."""
+    num: int = Field(gt=0)
+    """Examples before each question."""
+    choice: Literal["seeded", "balanced", "nearest"] = "balanced"
+    """At random; as many of each label as can be; or the most alike to each item."""
+    seed: int = Field(default=0, ge=0)
+    """Of the draw and of the orders."""
+    num_orders: int = Field(default=1, gt=0)
+    """Orders of the same examples; every item is asked in each."""
+
+
+class BaseTask(Config):
+    """A data file and what is asked of each of its rows."""
+
+    data: StoragePath
+    """File of items: .jsonl, .csv, .tsv or .parquet."""
+    limit: int | None = Field(default=None, gt=0)
+    """Only the first so many items."""
+
+    def files(self) -> list[Path]:
+        """Data that the task reads."""
+        return [self.data]
+
+
+class TemplateTask(BaseTask):
+    template: str
+    """Text with columns in braces and one slot, as in "Review: {text}\\nSentiment: [MASK]"."""
+    user: str | None = None
+    """The user's turn of a chat; `template` is then the answer that begins, "[MASK]" alone at the least."""
+
+    def make_template(self) -> Template:
+        return Template(self.template, self.user)
+
+
+class LabelTask(TemplateTask):
+    """The likeliest label: P(label | item) is the sum over its words of their probability in the slot."""
+
+    kind: Literal["label"]
+    """Labels by their words."""
+    labels: dict[str, tuple[str, ...]]
+    """Words that say each label."""
+    target: str
+    """Column with the true label."""
+    calibrated: bool = False
+    """Take out what the prompt answers to items without content (Zhao et al. 2021)."""
+    examples: ExamplesConfig | None = None
+    """Examples before each question; none where left out."""
+
+    def files(self) -> list[Path]:
+        return [self.data, *([self.examples.data] if self.examples else [])]
+
+
+class ChoiceTask(TemplateTask):
+    """The likeliest of an item's own answers."""
+
+    kind: Literal["choice"]
+    """Answers by their text."""
+    choices: tuple[str, ...] | str
+    """Columns with the answers, or one column that holds their list."""
+    target: str
+    """Column with the number of the right answer, from 0, or its text."""
+    per: Literal["answer", "character", "byte", "token"] = "answer"
+    """Compare log-probabilities of whole answers, or divided by length: lm-evaluation-harness's acc, acc_norm, acc_bytes."""
+
+
+class WritingTask(TemplateTask):
+    """A text, written from the slot on."""
+
+    kind: Literal["write"]
+    """Texts against references."""
+    writing: Writing = Writing()
+    """How it is written."""
+    references: tuple[str, ...] = Field(min_length=1)
+    """Columns with a right text each, or with a list of them."""
+
+
+class ReadingTask(BaseTask):
+    """How likely texts are: bits per byte, perplexities."""
+
+    kind: Literal["read"]
+    """The text itself."""
+    column: str = "text"
+    """Column with the text."""
+    window: int | None = Field(default=None, gt=1)
+    """Tokens read at a time; as many as the model can where left out."""
+
+
+Task = Annotated[LabelTask | ChoiceTask | WritingTask | ReadingTask, Field(discriminator="kind")]
