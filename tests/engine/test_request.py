@@ -27,6 +27,10 @@ from powerhouse.errors import RequestError
         ({"seed": 0.5}, "seed is out of range\n  got: 0.5"),
         ({"stop": "end"}, "stop is out of range\n  got: 'end'\n  allowed: a tuple of non-empty strings"),
         ({"stop": ("end", "")}, "stop is out of range\n  got: ('end', '')"),
+        ({"logprobs": -1}, "logprobs is out of range\n  got: -1\n  allowed: 0 to 20, or None"),
+        ({"logprobs": True}, "logprobs is out of range\n  got: True"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is out of range\n  got: 21\n  allowed: 0 to 20, or None"),
+        ({"prompt_logprobs": 1, "max_tokens": -1}, "max_tokens is out of range\n  got: -1\n  allowed: a whole number, 0 or"),
         ({"ignore_eos": 1}, "ignore_eos is out of range\n  got: 1\n  allowed: true or false"),
     ],
 )

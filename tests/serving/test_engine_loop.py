@@ -10,6 +10,7 @@ import pytest
 
 from fakes import write_tiny_model
 from powerhouse.engine import Engine, EngineConfig, LocalRunner, Output, Runner, SamplingParams
+from powerhouse.engine.batch import BatchResult
 from powerhouse.engine.stage import Stage
 from powerhouse.errors import EngineError, QueueFullError, RequestError
 from powerhouse.models.hub import read_config
@@ -82,7 +83,7 @@ class WaitsAfterTheFirstToken(LocalRunner):
         self._may_go_on = may_go_on
         self._num_collected = 0
 
-    def collect(self) -> list[int]:
+    def collect(self) -> BatchResult:
         self._num_collected += 1
         assert self._num_collected == 1 or self._may_go_on.wait(timeout=60)
         return super().collect()
@@ -152,7 +153,7 @@ class LosesItsStage(LocalRunner):
 
     num_left = 5
 
-    def collect(self) -> list[int]:
+    def collect(self) -> BatchResult:
         self.num_left -= 1
         if self.num_left < 0:
             raise EngineError("stage 1 is lost")

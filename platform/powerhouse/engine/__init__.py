@@ -1,6 +1,7 @@
 """Inference: requests in, tokens out. No Ray, no HTTP."""
 
 from powerhouse.engine.engine import Completion, Engine
+from powerhouse.engine.logprobs import TokenLogprobs
 from powerhouse.engine.request import Output, SamplingParams
 from powerhouse.engine.runner import LocalRunner, PipelineRunner, Runner
 from powerhouse.engine.settings import EngineConfig
@@ -15,5 +16,6 @@ __all__ = [
     "PipelineRunner",
     "Runner",
     "SamplingParams",
+    "TokenLogprobs",
     "run_stage",
 ]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import msgpack
 
+from powerhouse.engine.logprobs import RowScoring, TokenLogprobs
 from powerhouse.engine.request import Request
 from powerhouse.engine.sampler import RowSampling, draw_uniform
 
@@ -33,6 +35,8 @@ class ForwardBatch:
     """[B] the rows of T after which a token is chosen."""
     sampling: tuple[RowSampling, ...]
     """[B]"""
+    scoring: tuple[RowScoring, ...] = ()
+    """Tokens of prompts whose likelihood is asked for."""
 
     @property
     def num_tokens(self) -> int:
@@ -45,7 +49,25 @@ class ForwardBatch:
     @classmethod
     def from_bytes(cls, data: bytes) -> ForwardBatch:
         batch = cls(*msgpack.unpackb(data, use_list=False))
-        return dataclasses.replace(batch, sampling=tuple(RowSampling(*row) for row in batch.sampling))
+        sampling = tuple(RowSampling(*row) for row in batch.sampling)
+        return dataclasses.replace(batch, sampling=sampling, scoring=tuple(RowScoring(*row) for row in batch.scoring))
+
+
+class BatchResult(NamedTuple):
+    """What the last stage answers to a batch."""
+
+    token_ids: list[int]
+    """[B]"""
+    logprobs: list[TokenLogprobs | None]
+    """[B] None where they are not asked for."""
+    scored: list[TokenLogprobs]
+    """One for each of the batch's `scoring`."""
+
+    @classmethod
+    def from_wire(cls, value: Any) -> BatchResult:
+        token_ids, logprobs, scored = value
+        told = [item and TokenLogprobs.from_wire(item) for item in logprobs]
+        return cls(token_ids, told, [TokenLogprobs.from_wire(item) for item in scored])
 
 
 def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatch:
@@ -54,8 +76,10 @@ def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatc
     positions: list[int] = []
     slots: list[int] = []
     tables, rows, sampling = [], [], []
+    scoring: list[RowScoring] = []
     for request, num_tokens in scheduled.items():
         start, stop = request.num_computed, request.num_computed + num_tokens
+        scoring += _row_scoring(request, num_tokens, len(token_ids) - start)
         token_ids += request.token_ids[start:stop]
         positions += range(start, stop)
         slots += (request.blocks[i // block_size] * block_size + i % block_size for i in range(start, stop))
@@ -64,15 +88,36 @@ def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatc
             rows.append(len(token_ids) - 1)
             sampling.append(_row_sampling(request))
     return ForwardBatch(
-        tuple(token_ids), tuple(positions), tuple(slots), tuple(scheduled.values()), tuple(tables), tuple(rows), tuple(sampling)
+        tuple(token_ids),
+        tuple(positions),
+        tuple(slots),
+        tuple(scheduled.values()),
+        tuple(tables),
+        tuple(rows),
+        tuple(sampling),
+        tuple(scoring),
     )
 
 
 def will_sample(request: Request, num_tokens: int) -> bool:
-    return request.num_missing == num_tokens
+    return request.num_missing == num_tokens and request.params.max_tokens > 0
+
+
+def scored_places(request: Request, num_tokens: int) -> range:
+    """The prompt's tokens that can be scored once the next `num_tokens` are computed, and have not been."""
+    if request.params.prompt_logprobs is None:
+        return range(0)
+    return range(len(request.prompt_logprobs), min(request.num_computed + num_tokens + 1, request.num_prompt_tokens))
+
+
+def _row_scoring(request: Request, num_tokens: int, offset: int) -> list[RowScoring]:
+    """The row of position i is `offset` + i; what is scored after it is token i + 1."""
+    num_top = request.params.prompt_logprobs or 0
+    places = scored_places(request, num_tokens)
+    return [RowScoring(offset + place - 1, request.token_ids[place], num_top) for place in places]
 
 
 def _row_sampling(request: Request) -> RowSampling:
     params = request.params
     uniform = draw_uniform(request.seed, request.num_output_tokens)
-    return RowSampling(float(params.temperature), params.top_k, float(params.top_p), uniform)
+    return RowSampling(float(params.temperature), params.top_k, float(params.top_p), uniform, params.logprobs)

@@ -6,11 +6,13 @@ import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from powerhouse.engine.batch import make_batch, will_sample
+from powerhouse.engine.batch import BatchResult, make_batch, scored_places, will_sample
 from powerhouse.engine.detokenizer import TextStream
 from powerhouse.engine.kv_cache import BlockPool
+from powerhouse.engine.logprobs import TokenLogprobs
 from powerhouse.engine.request import FinishReason, Output, Request, SamplingParams
 from powerhouse.engine.runner import LocalRunner, Runner
 from powerhouse.engine.scheduler import Schedule, Scheduler
@@ -32,6 +34,10 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     num_prompt_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each token, if asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """One for each token of the prompt, if asked for; the first is None."""
 
 
 class Engine:
@@ -119,7 +125,7 @@ class Engine:
         request = self._requests.get(request_id)
         if request is not None:
             self._finish(request, "abort")
-            self._outputs.append(_output(request, (), ""))
+            self._outputs.append(_output(request))
 
     def step(self) -> list[Output]:
         """Keep the runner's slots full, and commit the oldest batch once they are.
@@ -132,8 +138,8 @@ class Engine:
             self._in_flight.append(scheduled)
             self._runner.submit(make_batch(scheduled, self._config.block_size))
         if self._in_flight and (not scheduled or len(self._in_flight) == self._runner.num_slots):
-            tokens = self._runner.collect()
-            self._commit(self._in_flight.popleft(), tokens)
+            result = self._runner.collect()
+            self._commit(self._in_flight.popleft(), result)
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -199,7 +205,7 @@ class Engine:
                 "prompt and answer are longer than the context", got=got, allowed=f"{self._max_model_len} together"
             )
         # The last token is given out, and never attended to.
-        if self._pool.num_blocks_for(len(ids) + params.max_tokens - 1) > self._pool.num_blocks:
+        if self._pool.num_blocks_for(len(ids) + max(params.max_tokens, 1) - 1) > self._pool.num_blocks:
             capacity = self._pool.num_blocks * self._pool.block_size
             raise RequestError("the KV cache is too small for this request", got=got, allowed=f"{capacity + 1} together")
         if not self._has_room:
@@ -211,21 +217,29 @@ class Engine:
                 do="try later",
             )
 
-    def _commit(self, scheduled: Schedule, sampled: Sequence[int]) -> None:
-        tokens = iter(sampled)
-        chosen = {request: next(tokens) for request, num_tokens in scheduled.items() if will_sample(request, num_tokens)}
+    def _commit(self, scheduled: Schedule, result: BatchResult) -> None:
+        scored = iter(result.scored)
+        tokens = iter(zip(result.token_ids, result.logprobs, strict=True))
+        chosen = {}
+        for request, num_tokens in scheduled.items():
+            request.prompt_logprobs += islice(scored, len(scored_places(request, num_tokens)))
+            if will_sample(request, num_tokens):
+                chosen[request] = next(tokens)
         self._scheduler.land(scheduled)
-        for request, token_id in chosen.items():
-            if request.finish_reason is None:
-                self._append(request, token_id)
+        for request in scheduled:
+            if request.finish_reason is None and request in chosen:
+                self._append(request, *chosen[request])
+            elif request.finish_reason is None and not request.num_missing:
+                self._finish(request, "length")
+                self._outputs.append(_output(request))
 
-    def _append(self, request: Request, token_id: int) -> None:
+    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.token_ids.append(token_id)
         text = request.text.push([token_id])
         if reason := self._reason_to_end(request, token_id):
             text += request.text.finish()
             self._finish(request, reason)
-        self._outputs.append(_output(request, (token_id,), text))
+        self._outputs.append(_output(request, (token_id,), text, (logprobs,) if logprobs else None))
 
     def _reason_to_end(self, request: Request, token_id: int) -> FinishReason | None:
         is_end = token_id == self._end_of_text_id and not request.params.ignore_eos
@@ -238,13 +252,34 @@ class Engine:
         del self._requests[request.request_id]
 
 
-def _output(request: Request, token_ids: tuple[int, ...], text: str) -> Output:
-    reason, num_output_tokens = request.finish_reason, request.num_output_tokens
-    return Output(request.request_id, token_ids, text, reason, request.num_prompt_tokens, num_output_tokens)
+def _output(
+    request: Request, token_ids: tuple[int, ...] = (), text: str = "", logprobs: tuple[TokenLogprobs, ...] | None = None
+) -> Output:
+    num_new = request.num_output_tokens
+    is_first = num_new == len(token_ids) and request.params.prompt_logprobs is not None
+    prompt_logprobs = tuple(request.prompt_logprobs) if is_first else None
+    return Output(
+        request.request_id,
+        token_ids,
+        text,
+        request.finish_reason,
+        request.num_prompt_tokens,
+        num_new,
+        logprobs,
+        prompt_logprobs,
+    )
 
 
 def _join(outputs: Sequence[Output]) -> Completion:
     last = outputs[-1]
     assert last.finish_reason is not None, f"{last.request_id} has not ended"
     token_ids = tuple(token_id for output in outputs for token_id in output.token_ids)
-    return Completion("".join(output.text for output in outputs), token_ids, last.finish_reason, last.num_prompt_tokens)
+    logprobs = tuple(item for output in outputs for item in output.logprobs or ())
+    return Completion(
+        "".join(output.text for output in outputs),
+        token_ids,
+        last.finish_reason,
+        last.num_prompt_tokens,
+        logprobs if any(output.logprobs is not None for output in outputs) else None,
+        outputs[0].prompt_logprobs,
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from powerhouse.engine.detokenizer import TextStream
+from powerhouse.engine.logprobs import MAX_NUM_TOP, TokenLogprobs
 from powerhouse.errors import RequestError
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -22,7 +23,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 16
-    """Most new tokens."""
+    """Most new tokens; 0 only reads the prompt, for its logprobs."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int | None = None
@@ -35,15 +36,25 @@ class SamplingParams:
     """The text ends before the first of these."""
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
+    logprobs: int | None = None
+    """Tell each new token's logprob, and that many of the likeliest in its place; None tells nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
 
     def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, "a whole number above 0", _is_int(self.max_tokens) and self.max_tokens > 0)
+        least = 1 if self.prompt_logprobs is None else 0
+        allowed = "a whole number above 0" if least else "a whole number, 0 or above"
+        _check("max_tokens", self.max_tokens, allowed, _is_int(self.max_tokens) and self.max_tokens >= least)
         _check("temperature", self.temperature, "0 or above", _is_number(self.temperature) and self.temperature >= 0)
         _check("top_p", self.top_p, "above 0, up to 1", _is_number(self.top_p) and 0 < self.top_p <= 1)
         _check("top_k", self.top_k, "1 or above, or None", self.top_k is None or (_is_int(self.top_k) and self.top_k > 0))
         _check("seed", self.seed, "0 or above, or None", self.seed is None or (_is_int(self.seed) and self.seed >= 0))
         is_stop = isinstance(self.stop, tuple) and all(isinstance(item, str) and item for item in self.stop)
         _check("stop", self.stop, "a tuple of non-empty strings", is_stop)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            is_number = value is None or (_is_int(value) and 0 <= value <= MAX_NUM_TOP)
+            _check(name, value, f"0 to {MAX_NUM_TOP}, or None", is_number)
         _check("ignore_eos", self.ignore_eos, "true or false", isinstance(self.ignore_eos, bool))
 
 
@@ -73,6 +84,10 @@ class Output:
     num_prompt_tokens: int
     num_output_tokens: int
     """All so far."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of token_ids, if asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """One for each token of the prompt, if asked for, in the first output alone; nothing foretells the first token."""
 
 
 class Request:
@@ -94,6 +109,8 @@ class Request:
         self.num_in_flight = 0
         self.blocks: list[int] = []
         self.finish_reason: FinishReason | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        """Of the tokens so far that were computed with it."""
 
     @property
     def num_tokens(self) -> int:

@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but torch does not mark it so
 
 from powerhouse.engine import wire
-from powerhouse.engine.batch import ForwardBatch
+from powerhouse.engine.batch import BatchResult, ForwardBatch
 from powerhouse.engine.stage import Stage
 from powerhouse.errors import EngineError
 
@@ -33,7 +33,7 @@ class Runner(Protocol):
 
     def submit(self, batch: ForwardBatch) -> None: ...
 
-    def collect(self) -> list[int]:
+    def collect(self) -> BatchResult:
         """Wait for the oldest submitted batch and return its new tokens, one for each sampled row.
 
         Raises:
@@ -55,7 +55,7 @@ class LocalRunner:
     def submit(self, batch: ForwardBatch) -> None:
         self._submitted.append(batch)
 
-    def collect(self) -> list[int]:
+    def collect(self) -> BatchResult:
         batch = self._submitted.popleft()
         return self._stage.sample(batch, self._stage.forward(batch))
 
@@ -78,7 +78,7 @@ class PipelineRunner:
         self._store: TCPStore | None = store
         self._stages: dict[int, Connection] = {}
         self._ready: set[int] = set()
-        self._results: deque[list[int]] = deque()
+        self._results: deque[BatchResult] = deque()
 
     @classmethod
     def listen(cls, num_stages: int, host: str = "127.0.0.1") -> PipelineRunner:
@@ -118,7 +118,7 @@ class PipelineRunner:
             except OSError:
                 self._lose(rank)
 
-    def collect(self) -> list[int]:
+    def collect(self) -> BatchResult:
         if not self._stages:
             raise EngineError("the pipeline is closed", do="start the engine again")
         while not self._results:
@@ -158,8 +158,7 @@ class PipelineRunner:
             if kind == "ready":
                 self._ready.add(rank)
             else:
-                assert isinstance(value, list), f"tokens, not {value!r}"
-                self._results.append(value)
+                self._results.append(BatchResult.from_wire(value))
 
     def _lose(self, rank: int) -> NoReturn:
         raise EngineError(f"pipeline stage {rank} is lost: its process ended", do="start the engine again") from None

@@ -25,6 +25,8 @@ class RowSampling(NamedTuple):
     top_p: float
     uniform: float
     """In [0, 1): where in the cumulative distribution the token lies."""
+    num_logprobs: int | None = None
+    """Likeliest tokens that are told beside the chosen one; None is nothing at all."""
 
 
 def draw_uniform(seed: int, num_tokens: int) -> float:

@@ -1,6 +1,6 @@
 """A run of layers and their part of the KV cache: what computes. It takes no decisions, the batch carries them all.
 
-Shapes: T tokens, C model width, B rows that get a new token, V vocabulary.
+Shapes: T tokens, C model width, B rows that get a new token, S rows of a prompt that are scored, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from powerhouse.device import choose_device, to_dtype
 from powerhouse.engine.attention import PagedAttention, PagedCache
-from powerhouse.engine.batch import ForwardBatch
+from powerhouse.engine.batch import BatchResult, ForwardBatch
+from powerhouse.engine.logprobs import TokenLogprobs, score
 from powerhouse.engine.sampler import sample
 from powerhouse.engine.settings import EngineConfig
 from powerhouse.errors import ConfigError
 from powerhouse.models.decoder import Decoder
 from powerhouse.models.hub import load_decoder, read_config
+
+_SCORED_AT_A_TIME = 128
 
 
 class Stage:
@@ -55,13 +58,28 @@ class Stage:
         return self.decoder.transform(x, positions_T, PagedAttention(self._cache, batch))
 
     @torch.inference_mode()
-    def sample(self, batch: ForwardBatch, hidden_TC: Tensor) -> list[int]:
-        """Choose the new tokens from the last stage's hidden states: [B]."""
+    def sample(self, batch: ForwardBatch, hidden_TC: Tensor) -> BatchResult:
+        """Choose the new tokens from the last stage's hidden states, and tell the likelihoods that are asked for."""
         assert self.is_last, "only the last stage has the vocabulary"
+        scored = self._score_prompts(batch, hidden_TC)
         if not batch.sampled_rows:
-            return []
+            return BatchResult([], [], scored)
         logits_BV = self.decoder.project(hidden_TC[list(batch.sampled_rows)])
-        return sample(logits_BV, batch.sampling)
+        token_ids = sample(logits_BV, batch.sampling)
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if asked := [(i, row.num_logprobs) for i, row in enumerate(batch.sampling) if row.num_logprobs is not None]:
+            places, num_tops = zip(*asked, strict=True)
+            for i, found in zip(places, score(logits_BV[list(places)], [token_ids[i] for i in places], num_tops), strict=True):
+                logprobs[i] = found
+        return BatchResult(token_ids, logprobs, scored)
+
+    def _score_prompts(self, batch: ForwardBatch, hidden_TC: Tensor) -> list[TokenLogprobs]:
+        """A few rows at a time: logits of a whole chunk would take more memory than its layers do."""
+        scored: list[TokenLogprobs] = []
+        for start in range(0, len(batch.scoring), _SCORED_AT_A_TIME):
+            rows, token_ids, num_tops = zip(*batch.scoring[start : start + _SCORED_AT_A_TIME], strict=True)
+            scored += score(self.decoder.project(hidden_TC[list(rows)]), token_ids, num_tops)
+        return scored
 
 
 def split_layers(num_layers: int, num_stages: int) -> list[range]:
