@@ -39,14 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
-def _rank(item: pytest.Item) -> tuple[float, bool, bool]:
-    """Then those of training: their ranks are forked, best from a process that has not loaded every library yet."""
+def _rank(item: pytest.Item) -> tuple[float, bool]:
     timeout = item.get_closest_marker("timeout")
-    return (
-        -float(timeout.args[0]) if timeout else 0.0,
-        "training" not in item.path.parts,
-        item.get_closest_marker("slow") is None,
-    )
+    return (-float(timeout.args[0]) if timeout else 0.0, item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

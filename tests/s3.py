@@ -30,13 +30,14 @@ class S3Server:
     process: subprocess.Popen[bytes]
     uri: str = ""
 
-    def refuse_all_keys(self, *, refuses: bool = True) -> None:
-        """From the next request on, no key has a right to anything."""
-        httpx.post(f"{self.endpoint}/moto-api/reset-auth", content=b"0" if refuses else b"inf").raise_for_status()
-
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def refuse_all_keys(endpoint: str, *, refuses: bool = True) -> None:
+    """From the next request on, no key has a right to anything."""
+    httpx.post(f"{endpoint}/moto-api/reset-auth", content=b"0" if refuses else b"inf").raise_for_status()
 
 
 def start_server() -> S3Server:

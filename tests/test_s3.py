@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow.fs
 import pytest
 
-from s3 import S3Server
+from s3 import S3Server, refuse_all_keys
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +26,9 @@ def test_a_missing_bucket_and_a_refused_key_are_errors(s3: S3Server) -> None:
     with pytest.raises(OSError, match="NO_SUCH_BUCKET"):
         files.open_output_stream("no-such-bucket/a")
 
-    s3.refuse_all_keys()
+    refuse_all_keys(s3.endpoint)
     with pytest.raises(OSError, match="ACCESS_KEY"):
         files.open_output_stream(path)
-    s3.refuse_all_keys(refuses=False)
+    refuse_all_keys(s3.endpoint, refuses=False)
 
     files.open_output_stream(path).close()

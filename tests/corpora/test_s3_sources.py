@@ -11,7 +11,7 @@ from powerhouse.corpora import sources
 from powerhouse.corpora.process import read_files
 from powerhouse.corpora.sources import SourceConfig, list_files
 from powerhouse.errors import InputError
-from s3 import S3Server
+from s3 import S3Server, refuse_all_keys
 from tiny_corpus import write_inputs
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_missing_bucket_a_missing_folder_and_a_refused_key_are_one_error_each(
         with pytest.raises(InputError, match=told):
             list_files([source_at(place)])
     files = list_files([source_at(s3.uri)])
-    s3.refuse_all_keys()
+    refuse_all_keys(s3.endpoint)
     try:
         with pytest.raises(InputError, match=r"(?s)cannot be listed.*ACCESS"):
             list_files([source_at(s3.uri)])
@@ -72,7 +72,7 @@ def test_a_missing_bucket_a_missing_folder_and_a_refused_key_are_one_error_each(
         assert row["reason"] == "bad_file"
         assert "web/1.html: not there, or no right to read it" in row["detail"]
     finally:
-        s3.refuse_all_keys(refuses=False)
+        refuse_all_keys(s3.endpoint, refuses=False)
 
 
 def test_a_lost_server_is_one_error(s3: S3Server, tmp_path: Path) -> None:

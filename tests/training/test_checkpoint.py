@@ -21,7 +21,7 @@ from powerhouse.training.config import TrainingConfig
 from powerhouse.training.guard import Guard
 from powerhouse.training.objectives import Batch
 from powerhouse.training.storage import Store
-from s3 import S3Server, start_server, variables
+from s3 import S3Server, refuse_all_keys, start_server, variables
 from tiny_run import losses, make_config, run_loop, sharded_model, write_tokens
 
 pytestmark = pytest.mark.slow
@@ -191,9 +191,9 @@ def test_a_store_that_refuses_fails_at_the_start_with_one_clear_error(tmp_path: 
     refused = config.model_copy(update={"run": config.run.model_copy(update={"checkpoints": f"{s3.uri}/a"})})
 
     no_bucket = run_on_ranks(2, run_loop, config)
-    s3.refuse_all_keys()
+    refuse_all_keys(s3.endpoint)
     no_right = run_on_ranks(2, run_loop, refused)
-    s3.refuse_all_keys(refuses=False)
+    refuse_all_keys(s3.endpoint, refuses=False)
 
     for messages, uri, reason in ((no_bucket, config.checkpoints, "BUCKET"), (no_right, refused.checkpoints, "ACCESS")):
         assert len(set(messages)) == 1
@@ -207,8 +207,8 @@ def test_a_store_that_is_lost_halfway_ends_the_run_on_every_rank_and_the_checkpo
 ) -> None:
     config = config_in(tmp_path, checkpoints=f"{s3.uri}/runs/b")
 
-    messages = run_on_ranks(2, run_loop, config, None, partial(refuse_before, s3, 4))
-    s3.refuse_all_keys(refuses=False)
+    messages = run_on_ranks(2, run_loop, config, None, partial(refuse_before, s3.endpoint, 4))
+    refuse_all_keys(s3.endpoint, refuses=False)
 
     assert len(set(messages)) == 1
     assert messages[0].startswith(f"TrainingError: {config.checkpoints}: the checkpoint could not be saved\n  got: ")
@@ -217,9 +217,9 @@ def test_a_store_that_is_lost_halfway_ends_the_run_on_every_rank_and_the_checkpo
     assert run_on_ranks(2, run_loop, config) == [None, None]
 
 
-def refuse_before(server: S3Server, at_step: int, step: int, batch: Batch) -> None:
+def refuse_before(endpoint: str, at_step: int, step: int, batch: Batch) -> None:
     if step == at_step and dist.get_rank() == 0:
-        server.refuse_all_keys()
+        refuse_all_keys(endpoint)
 
 
 def test_a_server_that_died_is_the_same_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,14 +75,13 @@ def config_in(folder: Path, **changes: Any) -> TrainingConfig:
 
 
 @contextlib.contextmanager
-def job(config: TrainingConfig, address: str) -> Iterator[subprocess.Popen[str]]:
+def job(config: TrainingConfig, address: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """Start the job as a user does."""
     folder = config.output.parent
     path = folder / "job.yaml"
     path.write_text(config.model_dump_json())
     quick = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-    quick |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
-    environment = os.environ | {"RAY_ADDRESS": address, "TMPDIR": str(folder)} | quick
+    environment = os.environ | {"RAY_ADDRESS": address, "TMPDIR": str(folder)} | quick | variables
     with (folder / "job.log").open("a") as log:
         command = [sys.executable, str(JOB), "--config", str(path)]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True)
@@ -187,7 +186,8 @@ def test_an_elastic_run_that_loses_a_node_to_a_notice_saves_and_goes_on_with_few
     _stays, noticed = add_training_node(cluster), add_training_node(cluster)
     config = config_in(tmp_path, run={"checkpoint_every": 1000, "min_workers": 1})  # saved at the notice and at the end
 
-    with job(config, cluster.address) as process:
+    # Ray waits this long for the workers that there is no room for any more.
+    with job(config, cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20") as process:
         wait_until(lambda: num_done(config) > 12, process, config)
         give_notice(cluster, noticed)
         wait_until(lambda: whole_steps(config.checkpoints) != [], process, config)
