@@ -95,7 +95,7 @@ def rate(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[list[int]], tru
         guesses = logits_BV[:, [token for [token] in labels]].argmax(dim=1).numpy()
         is_right[chosen] = guesses == np.array(truth)[chosen]
     facts = make_signature(metric="accuracy", labels="/".join(LABELS).replace(" ", ""), decision="likelier_of_two_tokens")
-    return make_score(np.stack([is_right, np.ones(len(rows))], axis=1), lambda sums: float(sums[0] / sums[1]), facts)
+    return make_score(np.stack([is_right, np.ones(len(rows))], axis=1), lambda sums: sums[..., 0] / sums[..., 1], facts)
 
 
 def in_chat(tokenizer: Tokenizer, text: str) -> list[int]:

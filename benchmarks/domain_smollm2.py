@@ -20,9 +20,9 @@ from powerhouse.config import load, storage_root
 from powerhouse.corpora.fetch import FetchConfig, fetch
 from powerhouse.corpora.pipeline import CurateConfig, curate
 from powerhouse.corpora.tokens import TokensConfig, make_tokens
-from powerhouse.evaluation.perplexity import nats_of_documents
+from powerhouse.evaluation.perplexity import finalise_bits_per_byte, nats_of_documents
 from powerhouse.evaluation.score import Score, make_score, make_signature
-from powerhouse.heldout import HELDOUT, bits_per_byte, read_heldout
+from powerhouse.heldout import HELDOUT, read_heldout
 from powerhouse.models.decoder import Decoder
 from powerhouse.models.fetch import FetchModelConfig, fetch_model
 from powerhouse.models.hub import load_model
@@ -58,7 +58,7 @@ def score(model: Decoder, tokenizer: Tokenizer, texts: list[str]) -> Score:
     nats = nats_of_documents(model, tokenizer.encode_batch(texts), tokenizer.end_of_text_id, batch_windows=4)
     num_bytes = [len(text.encode()) for text in texts]
     facts = make_signature(metric="bits_per_byte", context=CONTEXT, windows="disjoint", start="end_of_text")
-    return make_score(np.stack([nats, num_bytes], axis=1), bits_per_byte, facts)
+    return make_score(np.stack([nats, num_bytes], axis=1), finalise_bits_per_byte, facts)
 
 
 def main() -> None:

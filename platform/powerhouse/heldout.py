@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from powerhouse.errors import InputError
+
+Amount = TypeVar("Amount", float, npt.NDArray[np.float64])
 
 HELDOUT = "heldout"
 """Folder of a corpus artifact."""
@@ -77,6 +80,6 @@ def nats_of_windows(model: nn.Module, inputs_WT: Tensor, labels_WT: Tensor) -> T
     return losses.view_as(labels_WT).double().sum(dim=1)
 
 
-def bits_per_byte(sums: Sequence[float] | npt.NDArray[np.float64]) -> float:
-    """Of (nats, bytes)."""
-    return float(sums[0] / math.log(2) / sums[1])
+def bits_per_byte(nats: Amount, num_bytes: Amount) -> Amount:
+    """Of one text, or of many at once."""
+    return nats / math.log(2) / num_bytes

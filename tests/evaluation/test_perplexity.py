@@ -57,7 +57,7 @@ def test_an_even_guess_over_a_vocabulary_costs_its_logarithm() -> None:
 
 
 def test_bits_per_byte_of_a_fair_coin_flip_per_byte_is_one() -> None:
-    assert bits_per_byte(np.array([10 * math.log(2), 10.0])) == pytest.approx(1.0)
+    assert bits_per_byte(10 * math.log(2), 10.0) == pytest.approx(1.0)
 
 
 def test_unigram_probabilities_are_smoothed_by_one_and_sum_to_one() -> None:

@@ -7,8 +7,8 @@ from scipy import stats
 from powerhouse.evaluation.score import make_score, make_signature
 
 
-def ratio(sums: np.ndarray) -> float:
-    return float(sums[0] / sums[1])
+def ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
 
 
 def test_the_value_is_that_of_the_merged_sums_and_not_the_mean_of_the_items() -> None:

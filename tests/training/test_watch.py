@@ -146,7 +146,7 @@ def test_held_out_bits_per_byte_and_samples_are_those_of_the_finished_model(ever
     sample = read_metrics(config.output / SAMPLES)[-1]
     [ids] = generate(model, [tokenizer.encode(PROMPT)], GenerationConfig(max_tokens=5), {0})
 
-    expected = bits_per_byte((nats, len("".join(texts).encode())))
+    expected = bits_per_byte(nats, len("".join(texts).encode()))
     assert last["heldout_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert sample == {"step": 5, "number": 0, "prompt": PROMPT, "text": tokenizer.decode(ids)}
 

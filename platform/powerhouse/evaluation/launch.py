@@ -24,9 +24,9 @@ from powerhouse.config import Config, StoragePath
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.device import DeviceName, DtypeName, choose_device, to_dtype
 from powerhouse.errors import ClusterError
-from powerhouse.evaluation.perplexity import nats_of_documents, unigram_nats, xz_bits_per_byte
+from powerhouse.evaluation.perplexity import finalise_bits_per_byte, nats_of_documents, unigram_nats, xz_bits_per_byte
 from powerhouse.evaluation.score import Score, make_score, make_signature
-from powerhouse.heldout import HELDOUT, bits_per_byte, read_heldout
+from powerhouse.heldout import HELDOUT, read_heldout
 from powerhouse.models.hub import load_decoder, read_config
 from powerhouse.session import connect
 from powerhouse.telemetry import progress
@@ -102,7 +102,7 @@ def _score_model(config: EvaluationConfig, texts: list[str], num_bytes: npt.NDAr
         precision=config.precision,
         version=powerhouse.__version__,
     )
-    return make_score(np.stack([nats, num_bytes], axis=1), bits_per_byte, facts)
+    return make_score(np.stack([nats, num_bytes], axis=1), finalise_bits_per_byte, facts)
 
 
 def _nats_by_ray(config: EvaluationConfig, texts: list[str]) -> npt.NDArray[np.float64]:
@@ -157,7 +157,7 @@ def _score_unigram(config: EvaluationConfig, texts: list[str], num_bytes: npt.ND
     nats = np.array([costs_V[ids].sum() for ids in tokenizer.encode_batch(texts)])
     tokenizer_hash = _short_hash(config.tokens / TOKENIZER_FILE)
     facts = make_signature(metric="bits_per_byte", model="unigram,add-one", tokenizer=tokenizer_hash)
-    return make_score(np.stack([nats, num_bytes], axis=1), bits_per_byte, facts)
+    return make_score(np.stack([nats, num_bytes], axis=1), finalise_bits_per_byte, facts)
 
 
 def _score_xz(texts: list[str]) -> Score:

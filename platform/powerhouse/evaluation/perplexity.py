@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from powerhouse.heldout import cut_into_windows, nats_of_windows
+from powerhouse.evaluation.score import Sums, Values
+from powerhouse.heldout import bits_per_byte, cut_into_windows, nats_of_windows
 from powerhouse.models.decoder import Decoder
 
 
@@ -29,6 +30,11 @@ def nats_of_documents(
         nats_W = nats_of_windows(model, windows.inputs_WT[part].to(device), windows.labels_WT[part].to(device))
         nats.index_add_(0, windows.owner_W[part], nats_W.cpu())
     return [float(value) for value in nats]
+
+
+def finalise_bits_per_byte(sums: Sums) -> Values:
+    """Of sums [..., 2]: nats, bytes."""
+    return bits_per_byte(sums[..., 0], sums[..., 1])
 
 
 def unigram_nats(counts_V: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

@@ -73,7 +73,7 @@ class Look:
         for inputs, labels in zip(torch.split(inputs_WT, size), torch.split(labels_WT, size), strict=True):
             nats += nats_of_windows(self._model, inputs.to(self._device), labels.to(self._device)).sum()
         dist.all_reduce(nats)
-        return bits_per_byte((float(nats), self._num_bytes))
+        return bits_per_byte(float(nats), self._num_bytes)
 
     def _samples(self) -> dict[str, str]:
         model: Generator = self._model
