@@ -128,7 +128,7 @@ def test_health_tells_the_load(api: FastAPI) -> None:
     [
         ({"model": "gpt"}, 404, "model", "no such model; got: 'gpt'; allowed: demo"),
         ({"max_token": 5}, 400, "max_token", "max_token: unknown field"),
-        ({"prompt": ["a", "b"]}, 400, "prompt", "prompt: got ['a', 'b']; allowed: one string or one list of token ids"),
+        ({"prompt": ["a", 5]}, 400, "prompt", "prompt: got ['a', 5]; allowed: a string, a list of token ids"),
         ({"prompt": ""}, 400, None, "prompt"),
         ({"prompt": [5, 300]}, 400, None, "300"),
         ({"prompt": "x" * 1000}, 400, None, "128"),
@@ -139,7 +139,7 @@ def test_health_tells_the_load(api: FastAPI) -> None:
         ({"top_k": 0}, 400, None, "top_k is out of range"),
         ({"seed": -1}, 400, None, "seed is out of range"),
         ({"stop": ""}, 400, None, "stop is out of range"),
-        ({"logprobs": 5}, 400, "logprobs", "logprobs: got 5; allowed: null"),
+        ({"logprobs": 50}, 400, None, "logprobs is out of range"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])

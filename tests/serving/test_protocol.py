@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from powerhouse.engine import SamplingParams
-from powerhouse.serving.protocol import CompletionRequest, explain
+from powerhouse.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest, explain
 
 WHOLE: dict[str, Any] = {"model": "demo", "prompt": "It was"}
 
@@ -33,16 +33,28 @@ def test_known_fields_that_ask_for_nothing_are_taken() -> None:
     [
         ({"max_token": 5}, "max_token", "max_token: unknown field"),
         ({"model": None}, "model", "model: got None; allowed: string"),
-        ({"prompt": None}, "prompt", "prompt: got None; allowed: one string or one list of token ids"),
-        ({"prompt": ["a", "b"]}, "prompt", "prompt: got ['a', 'b']; allowed: one string or one list of token ids"),
-        ({"prompt": [1, 2.5]}, "prompt", "prompt: got [1, 2.5]; allowed: one string or one list of token ids"),
+        (
+            {"prompt": None},
+            "prompt",
+            "prompt: got None; allowed: a string, a list of token ids, or a list of several of one kind",
+        ),
+        (
+            {"prompt": ["a", 5]},
+            "prompt",
+            "prompt: got ['a', 5]; allowed: a string, a list of token ids, or a list of several of one kind",
+        ),
+        (
+            {"prompt": [1, 2.5]},
+            "prompt",
+            "prompt: got [1, 2.5]; allowed: a string, a list of token ids, or a list of several of one kind",
+        ),
         ({"max_tokens": "5"}, "max_tokens", "max_tokens: got '5'; allowed: integer"),
         ({"temperature": "hot"}, "temperature", "temperature: got 'hot'; allowed: number"),
         ({"stop": [1]}, "stop", "stop: got [1]; allowed: a string or a list of strings"),
         ({"stream": 1}, "stream", "stream: got 1; allowed: boolean"),
         ({"n": 2}, "n", "n: got 2; allowed: 1"),
-        ({"echo": True}, "echo", "echo: got True; allowed: False"),
-        ({"logprobs": 5}, "logprobs", "logprobs: got 5; allowed: null"),
+        ({"echo": 1}, "echo", "echo: got 1; allowed: boolean"),
+        ({"logprobs": True}, "logprobs", "logprobs: got True; allowed: integer"),
         ({"presence_penalty": 1.5}, "presence_penalty", "presence_penalty: got 1.5; allowed: less than or equal to 0"),
         ({"stream_options": {"usage": True}}, "stream_options.usage", "stream_options.usage: unknown field"),
     ],
@@ -62,5 +74,38 @@ def test_a_missing_field_is_named() -> None:
 
 def test_a_long_value_is_told_in_short() -> None:
     with pytest.raises(ValidationError) as caught:
-        CompletionRequest.model_validate(WHOLE | {"prompt": ["x"] * 10_000})
-    assert len(explain(caught.value.errors()).message) < 150
+        CompletionRequest.model_validate(WHOLE | {"prompt": ["x", 1] * 10_000})
+    assert len(explain(caught.value.errors()).message) < 200
+
+
+@pytest.mark.parametrize("more", [{"echo": True}, {"prompt": ["a", "b"]}])
+def test_a_stream_is_of_one_prompt_without_echo(more: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="a stream of one prompt without echo"):
+        CompletionRequest.model_validate(WHOLE | more | {"stream": True})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"logprobs": 2}, SamplingParams(logprobs=2)),
+        ({"echo": True}, SamplingParams()),
+        ({"echo": True, "logprobs": 1}, SamplingParams(logprobs=1, prompt_logprobs=1)),
+        ({"echo": True, "max_tokens": 0}, SamplingParams(max_tokens=0, prompt_logprobs=0)),
+    ],
+)
+def test_echo_with_logprobs_scores_the_prompt(given: dict[str, Any], expected: SamplingParams) -> None:
+    assert CompletionRequest(**WHOLE, **given).sampling_params == expected
+
+
+def test_a_chat_may_be_answered_as_long_as_the_context_has_room() -> None:
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+
+    assert ChatRequest.model_validate(chat).sampling_params_for(40).max_tokens == 40
+    assert ChatRequest.model_validate(chat | {"max_tokens": 5}).sampling_params_for(40).max_tokens == 5
+    assert ChatRequest.model_validate(chat | {"max_completion_tokens": 6}).sampling_params_for(40).max_tokens == 6
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": []}])
+def test_a_text_or_a_conversation_is_tokenised(body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="either prompt or messages"):
+        TokenizeRequest.model_validate(body)

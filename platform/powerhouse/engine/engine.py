@@ -65,11 +65,11 @@ class Engine:
                 got=f"max_model_len={longest}",
                 allowed=f"1 to {scaling.original_context}, where it changes nothing",
             )
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._end_of_text_id = tokenizer.end_of_text_id
         self._config = config
         self._runner = runner
-        self._max_model_len = longest
+        self.max_model_len = longest
         self._vocab_size = model_config.vocab_size
         self._pool = BlockPool(config.num_blocks, config.block_size)
         self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_num_batched_tokens, runner.num_slots)
@@ -112,10 +112,10 @@ class Engine:
         params = params or SamplingParams()
         self._num_added += 1
         request_id = request_id if request_id is not None else f"request-{self._num_added}"
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._refuse_what_cannot_be_served(request_id, ids, params)
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        request = Request(request_id, ids, params, seed, TextStream(self._tokenizer, params.stop))
+        request = Request(request_id, ids, params, seed, TextStream(self.tokenizer, params.stop))
         self._requests[request_id] = request
         self._scheduler.add(request)
         return request_id
@@ -200,9 +200,9 @@ class Engine:
         if wrong := [item for item in ids if not (isinstance(item, int) and 0 <= item < self._vocab_size)]:
             raise RequestError("a token id is outside the vocabulary", got=wrong[0], allowed=f"0 to {self._vocab_size - 1}")
         got = f"{len(ids)} prompt tokens and max_tokens={params.max_tokens}"
-        if len(ids) + params.max_tokens > self._max_model_len:
+        if len(ids) + params.max_tokens > self.max_model_len:
             raise RequestError(
-                "prompt and answer are longer than the context", got=got, allowed=f"{self._max_model_len} together"
+                "prompt and answer are longer than the context", got=got, allowed=f"{self.max_model_len} together"
             )
         # The last token is given out, and never attended to.
         if self._pool.num_blocks_for(len(ids) + max(params.max_tokens, 1) - 1) > self._pool.num_blocks:

@@ -1,4 +1,7 @@
-"""The HTTP routes over one engine: POST /v1/completions (whole or as server-sent events), GET /v1/models, GET /health.
+"""The HTTP routes over one engine: POST /v1/completions and /v1/chat/completions (whole or as server-sent events), GET
+/v1/models, GET /health, and as vLLM has them POST /tokenize, POST /detokenize, GET /tokenizer_info.
+
+With `echo` and `logprobs` of token ids, completions are what lm-evaluation-harness judges a model by (`local-completions`).
 
 Errors: 400 a request that can never be served, 404 another model, 429 too many waiting, 503 the engine has stopped; each
 with OpenAI's error body. A stream that fails midway ends with an event that holds the error body.
@@ -7,7 +10,7 @@ with OpenAI's error body. A stream that fails midway ends with an event that hol
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,19 +18,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from powerhouse.engine import Output
-from powerhouse.errors import EngineError, QueueFullError, RequestError
+from powerhouse.engine import SamplingParams
+from powerhouse.errors import EngineError, InputError, QueueFullError, RequestError
+from powerhouse.serving.answers import ChatAnswer, CompletionAnswer, describe, whole_completion
 from powerhouse.serving.engine_loop import EngineLoop, Stream
 from powerhouse.serving.protocol import (
-    Choice,
-    Completion,
+    ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     ErrorBody,
     ErrorDetail,
     ModelCard,
     ModelList,
-    Usage,
-    explain,
+    TokenizeRequest,
 )
 
 RETRY_AFTER_S = 1
@@ -38,9 +41,13 @@ def make_api(engine_loop: EngineLoop, model_name: str) -> FastAPI:
     api = FastAPI(title="Powerhouse", description=f"Serves {model_name}.")
     routes = _Routes(engine_loop, model_name)
     api.add_api_route("/v1/completions", routes.complete, methods=["POST"], response_model=None)
+    api.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
     api.add_api_route("/v1/models", routes.list_models)
     api.add_api_route("/health", routes.health)
-    for error_class in (RequestValidationError, RequestError, EngineError):
+    api.add_api_route("/tokenize", routes.tokenize, methods=["POST"])
+    api.add_api_route("/detokenize", routes.detokenize, methods=["POST"])
+    api.add_api_route("/tokenizer_info", routes.describe_tokenizer)
+    for error_class in (RequestValidationError, RequestError, InputError, EngineError):
         api.add_exception_handler(error_class, _answer_error)
     return api
 
@@ -48,63 +55,73 @@ def make_api(engine_loop: EngineLoop, model_name: str) -> FastAPI:
 class _Routes:
     def __init__(self, engine_loop: EngineLoop, model_name: str) -> None:
         self._engine_loop = engine_loop
+        self._tokenizer = engine_loop.tokenizer
         self._model_name = model_name
         self._created = int(time.time())
 
     async def complete(self, request: CompletionRequest) -> Response:
         if request.model != self._model_name:
             return _refuse_model(request.model, self._model_name)
-        stream = await self._engine_loop.submit(request.prompt, request.sampling_params)
-        answer = Answer(stream, self._model_name)
+        streams = await self._submit_all(request.prompts, request.sampling_params)
+        wants_logprobs = request.logprobs is not None
+        answers = [CompletionAnswer(stream, self._model_name, self._tokenizer, wants_logprobs) for stream in streams]
+        if request.stream:
+            return EventStreamResponse(streams[0], answers[0].events(request.wants_usage_chunk))
+        whole = await whole_completion(answers, request.prompts if request.echo else None)
+        return JSONResponse(whole.model_dump())
+
+    async def _submit_all(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[Stream]:
+        """All prompts of a request, or none."""
+        streams: list[Stream] = []
+        try:
+            for prompt in prompts:
+                streams.append(await self._engine_loop.submit(prompt, params))  # noqa: PERF401 - a list that may end early
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
+
+    async def chat(self, request: ChatRequest) -> Response:
+        if request.model != self._model_name:
+            return _refuse_model(request.model, self._model_name)
+        ids = self._tokenizer.encode_chat(request.messages, add_generation_prompt=True)
+        params = request.sampling_params_for(self._engine_loop.max_model_len - len(ids))
+        stream = await self._engine_loop.submit(ids, params)
+        answer = ChatAnswer(stream, self._model_name, self._tokenizer)
         if request.stream:
             return EventStreamResponse(stream, answer.events(request.wants_usage_chunk))
         return JSONResponse((await answer.whole()).model_dump())
 
+    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        if request.messages is not None:
+            ids = self._tokenizer.encode_chat(request.messages, add_generation_prompt=request.add_generation_prompt)
+        else:
+            assert request.prompt is not None, "one of both is given"
+            encode = self._tokenizer.encode_rendered if request.parse_special else self._tokenizer.encode
+            ids = [*(self._tokenizer.start_of_text_ids if request.add_special_tokens else ()), *encode(request.prompt)]
+        return {"tokens": ids, "count": len(ids), "max_model_len": self._engine_loop.max_model_len}
+
+    async def detokenize(self, request: DetokenizeRequest) -> dict[str, str]:
+        if outside := [token for token in request.tokens if not 0 <= token < self._tokenizer.vocab_size]:
+            allowed = f"0 to {self._tokenizer.vocab_size - 1}"
+            raise RequestError("a token id is outside the vocabulary", got=outside[0], allowed=allowed)
+        return {"prompt": self._tokenizer.core.decode(request.tokens, skip_special_tokens=False)}
+
+    async def describe_tokenizer(self) -> dict[str, Any]:
+        """Name the special tokens, and give the chat template."""
+        template = self._tokenizer.chat_template
+        named = {name: self._tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+        return named | {"chat_template": template.sources.get("default") if template else None}
+
     async def list_models(self) -> ModelList:
-        return ModelList(data=[ModelCard(id=self._model_name, created=self._created)])
+        card = ModelCard(id=self._model_name, created=self._created, max_model_len=self._engine_loop.max_model_len)
+        return ModelList(data=[card])
 
     async def health(self) -> dict[str, Any]:
         """Tell that the engine runs, and its load."""
         self._engine_loop.check()
         return {"status": "ok", **self._engine_loop.stats}
-
-
-class Answer:
-    """One request's outputs in OpenAI's shape."""
-
-    def __init__(self, stream: Stream, model_name: str) -> None:
-        self._stream = stream
-        self._model_name = model_name
-        self._created = int(time.time())
-
-    async def whole(self) -> Completion:
-        texts = []
-        try:
-            async for output in self._stream.outputs():
-                texts.append(output.text)
-        finally:
-            self._stream.close()
-        choice = Choice(text="".join(texts), finish_reason=output.finish_reason)
-        return self._completion([choice], usage=_usage(output))
-
-    async def events(self, wants_usage: bool) -> AsyncIterator[str]:
-        """Yield a chunk for every output that has text or is the last; with `wants_usage` one more for the counts."""
-        exclude = None if wants_usage else {"usage"}
-        try:
-            async for output in self._stream.outputs():
-                if output.text or output.finish_reason:
-                    chunk = self._completion([Choice(text=output.text, finish_reason=output.finish_reason)])
-                    yield _event(chunk.model_dump_json(exclude=exclude))
-            if wants_usage:
-                yield _event(self._completion([], usage=_usage(output)).model_dump_json())
-        except EngineError as error:  # the status line is gone: the error goes where the rest would have been
-            yield _event(ErrorBody(error=_detail(error)).model_dump_json())
-        yield _event("[DONE]")
-
-    def _completion(self, choices: list[Choice], usage: Usage | None = None) -> Completion:
-        return Completion(
-            id=self._stream.request_id, created=self._created, model=self._model_name, choices=choices, usage=usage
-        )
 
 
 class EventStreamResponse(StreamingResponse):
@@ -131,22 +148,4 @@ async def _answer_error(_: Request, error: Exception) -> Response:
     statuses = {QueueFullError: 429, EngineError: 503}
     status = next((status for kind, status in statuses.items() if isinstance(error, kind)), 400)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status != 400 else None
-    return JSONResponse(ErrorBody(error=_detail(error)).model_dump(), status_code=status, headers=headers)
-
-
-def _detail(error: Exception) -> ErrorDetail:
-    if isinstance(error, RequestValidationError):
-        return explain(error.errors())
-    if isinstance(error, QueueFullError):
-        return ErrorDetail(message=str(error), type="rate_limit_error", code="queue_full")
-    if isinstance(error, EngineError):
-        return ErrorDetail(message=str(error), type="server_error", code="engine_stopped")
-    return ErrorDetail(message=str(error), type="invalid_request_error")
-
-
-def _usage(output: Output) -> Usage:
-    return Usage.of(output.num_prompt_tokens, output.num_output_tokens)
-
-
-def _event(data: str) -> str:
-    return f"data: {data}\n\n"
+    return JSONResponse(ErrorBody(error=describe(error)).model_dump(), status_code=status, headers=headers)

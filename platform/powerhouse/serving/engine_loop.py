@@ -32,6 +32,9 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, record: Gauge) -> None:
         self._engine = engine
+        self.tokenizer = engine.tokenizer
+        self.max_model_len = engine.max_model_len
+        """Longest prompt and answer together, in tokens."""
         self._record = record
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, Stream] = {}

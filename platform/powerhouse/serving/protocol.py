@@ -1,7 +1,7 @@
-"""The wire format of /v1/completions and /v1/models, as OpenAI's API reference has it.
+"""The wire format of /v1/completions, /v1/chat/completions and /v1/models, as OpenAI's API reference has it.
 
 A field that is not known is refused, as OpenAI does: a misspelt `max_token` is an error and not a silent default. Known
-fields whose effect is not here are taken at the value that asks for nothing (n=1, echo=false, ...) and refused at any
+fields whose effect is not here are taken at the value that asks for nothing (n=1, tools=null, ...) and refused at any
 other. null means "not given". Beyond OpenAI, as vLLM has them: `top_k` and `ignore_eos`. `user` is taken and not used.
 """
 
@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from powerhouse.engine import SamplingParams
 
@@ -25,9 +33,10 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class CompletionRequest(_Body):
+class _SampledRequest(_Body):
+    """What completions and chats share."""
+
     model: str
-    prompt: str | list[int]
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -39,20 +48,9 @@ class CompletionRequest(_Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     n: Literal[1] | None = None
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    logprobs: None = None
-    suffix: None = None
     logit_bias: None = None
     presence_penalty: float | None = Field(default=None, ge=0, le=0)
     frequency_penalty: float | None = Field(default=None, ge=0, le=0)
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _one_prompt(cls, value: object) -> object:
-        if isinstance(value, str) or (isinstance(value, list) and all(type(item) is int for item in value)):
-            return value
-        raise ValueError("one string or one list of token ids")
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -63,6 +61,45 @@ class CompletionRequest(_Body):
             return value
         raise ValueError("a string or a list of strings")
 
+    def _params(self, **more: Any) -> SamplingParams:
+        """What was given, over the engine's own defaults."""
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(stop=stop, **given | more)
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_SampledRequest):
+    prompt: str | list[int] | list[str] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, value: object) -> object:
+        items = value if isinstance(value, list) else None
+        if isinstance(value, str) or _are_ids(value) or (items and all(isinstance(item, str) for item in items)):
+            return value
+        if items and all(_are_ids(item) for item in items):
+            return value
+        raise ValueError("a string, a list of token ids, or a list of several of one kind")
+
+    @model_validator(mode="after")
+    def _stream_one_answer(self) -> CompletionRequest:
+        if self.stream and (self.echo or len(self.prompts) > 1):
+            raise ValueError("a stream of one prompt without echo")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        is_one = isinstance(self.prompt, str) or _are_ids(self.prompt)
+        return [self.prompt] if is_one else self.prompt  # type: ignore[list-item,return-value]  # told apart by _are_ids
+
     @property
     def sampling_params(self) -> SamplingParams:
         """What was given, over the engine's own defaults.
@@ -70,20 +107,70 @@ class CompletionRequest(_Body):
         Raises:
             RequestError: a value is out of range.
         """
-        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(stop=stop, **given)
+        wants_prompt = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return self._params(logprobs=self.logprobs, prompt_logprobs=(self.logprobs or 0) if wants_prompt else None)
 
-    @property
-    def wants_usage_chunk(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+class ChatRequest(_SampledRequest):
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    tools: None = None
+    response_format: None = None
+    logprobs: Literal[False] | None = None
+
+    def sampling_params_for(self, num_free: int) -> SamplingParams:
+        """An answer may be as long as the context has room for, unless it is said how long.
+
+        Raises:
+            RequestError: a value is out of range, or there is no room.
+        """
+        given = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return self._params(max_tokens=max(num_free, 1) if given is None else given)
+
+
+class TokenizeRequest(_Body):
+    """Of a text, or of a conversation by the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    """Put before a text what stands there in the model's training."""
+    parse_special: bool = True
+    """Read a special token that the text spells; without, it is text as any other."""
+    add_generation_prompt: bool = True
+    """End a conversation where the assistant's answer begins."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Body):
+    model: str | None = None
+    tokens: list[int]
+
+
+class Logprobs(BaseModel):
+    """Of each token: itself, its log-probability (null for the first of a prompt), the likeliest ones, and where it begins."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
 class Choice(BaseModel):
     index: int = 0
     text: str
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: Logprobs | None = None
 
 
 class Usage(BaseModel):
@@ -112,11 +199,48 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
+ChatObject = Literal["chat.completion", "chat.completion.chunk"]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """Has a `message` in a whole answer and a `delta` in a chunk."""
+
+    index: int = 0
+    message: ChatMessage | None = None
+    delta: ChatMessage | None = None
+    finish_reason: str | None
+    logprobs: None = None
+
+    @model_serializer(mode="wrap")
+    def _one_of_both(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = "message" if self.message is None else "delta"
+        return {name: value for name, value in serialise(self).items() if name != unused}
+
+
+class ChatCompletion(BaseModel):
+    """A whole answer, or one chunk of a streamed one."""
+
+    id: str
+    object: ChatObject
+    created: int
+    """Seconds since 1970."""
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "powerhouse"
+    max_model_len: int
+    """Longest prompt and answer together, in tokens; as vLLM tells it."""
 
 
 class ModelList(BaseModel):

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fakes import TEXTS, tiny_tokenizer, write_tiny_model
+from powerhouse.engine.offline import OfflineModel
+from powerhouse.engine.settings import EngineConfig
+from powerhouse.errors import RequestError
+from powerhouse.evaluation.families import PlainDecoder
+from powerhouse.models.hub import load_decoder
+
+ROWS = [tiny_tokenizer().encode(text)[:length] for text, length in zip(TEXTS * 3, range(1, 40, 4), strict=False)]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_the_engine_scores_and_writes_as_the_plain_model_does(path: Path) -> None:
+    config = EngineConfig(device="cpu", num_threads=1, block_size=4, num_blocks=24, max_num_seqs=4, max_num_batched_tokens=8)
+    engine, plain = OfflineModel(path, config), PlainDecoder(load_decoder(path), tiny_tokenizer())
+
+    for fast, slow, row in zip(engine.score(ROWS), plain.score(ROWS), ROWS, strict=True):
+        assert len(fast) == len(row) - 1
+        assert [logprob for logprob, _ in fast] == pytest.approx([logprob for logprob, _ in slow], abs=1e-5)
+        assert [is_likeliest for _, is_likeliest in fast] == [is_likeliest for _, is_likeliest in slow]
+    texts = engine.write(ROWS, max_tokens=8, temperature=0, stop=(), seed=0)
+    assert texts == plain.write(ROWS, max_tokens=8, temperature=0, stop=(), seed=0)
+    assert engine.max_length == 128
+
+
+def test_a_row_that_is_too_long_is_refused(path: Path) -> None:
+    with pytest.raises(RequestError, match="longer than the context"):
+        OfflineModel(path, EngineConfig(device="cpu")).score([[5] * 200])
