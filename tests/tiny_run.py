@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
@@ -14,6 +17,7 @@ from fakes import TEXTS, tiny_config, tiny_tokenizer
 from families import DECODER, ENCODER, T5_SHAPE
 from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
+from powerhouse.corpora.conversations import ConversationsConfig, encode_conversations
 from powerhouse.corpora.shards import write_shard
 from powerhouse.errors import PowerhouseError
 from powerhouse.models.model import Model
@@ -50,6 +54,29 @@ def write_tokens(folder: Path, num_rows: int = 40) -> Artifact:
         return {"vocab_size": tokenizer.vocab_size, "row_length": ROW_LENGTH, "num_rows": num_rows}
 
     return artifacts.produce(folder, "tokens", {}, {"text": "tiny"}, make)
+
+
+def write_pairs(folder: Path, **changes: Any) -> Artifact:
+    """Tokens of some pairs, or of conversations, without Ray."""
+    tiny_tokenizer().save(folder / "start")
+    words = " ".join(TEXTS).split()
+    records = [
+        {"prompt": " ".join(words[i % 20 : i % 20 + 1 + i % 3]), "completion": " ".join(words[i % 30 : i % 30 + 1 + i % 2])}
+        for i in range(60)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
+    values = {"inputs": [folder / "pairs.jsonl"], "tokenizer": folder / "start", "output": folder / "tokens", "row_length": 41}
+    return encode_conversations(ConversationsConfig.model_validate(values | changes))
+
+
+HELDOUT_TEXTS = [*TEXTS, "One more document, and the last."]
+
+
+def write_heldout(folder: Path) -> Path:
+    """What of a corpus is kept aside."""
+    (folder / "corpus" / "heldout").mkdir(parents=True)
+    pq.write_table(pa.table({"text": HELDOUT_TEXTS}), folder / "corpus" / "heldout" / "part.parquet")
+    return folder / "corpus"
 
 
 def make_config(folder: Path, **changes: Any) -> TrainingConfig:

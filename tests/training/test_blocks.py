@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import run_on_ranks
@@ -31,6 +32,7 @@ class Counted(TorchDispatchMode):
 
 def step_of(config: TrainingConfig, counts_operations: bool) -> dict[str, Any]:
     model, _ = sharded_model(config)
+    compiled_before = counters["frames"]["ok"]
     objective, batch, counted = method_of(config.shape).objective, method_batch(config), Counted()
     if counts_operations:
         with counted:
@@ -38,7 +40,8 @@ def step_of(config: TrainingConfig, counts_operations: bool) -> dict[str, Any]:
     else:
         totals = accumulate(model, objective, batch, config.run)
     gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
-    return {"loss": totals[0] / totals[1], "gradients": gradients, "counts": counted.counts}
+    num_compiled = counters["frames"]["ok"] - compiled_before
+    return {"loss": totals[0] / totals[1], "gradients": gradients, "counts": counted.counts, "num_compiled": num_compiled}
 
 
 def steps_of(configs: list[TrainingConfig], counts_operations: bool = True) -> list[dict[str, Any]]:
@@ -79,3 +82,4 @@ def test_compiled_blocks_give_the_same(tmp_path: Path) -> None:
     [(plain, compiled)] = run_on_ranks(1, steps_of, configs, False)
 
     same(plain, compiled, tolerance=1e-4)
+    assert plain["num_compiled"] == 0 < compiled["num_compiled"]  # frames that the compiler took over

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 from functools import partial
@@ -111,13 +112,16 @@ def test_what_is_not_whole_is_told_of_deleted_and_the_one_before_is_used(
     shutil.copytree(folder / "step_00000003", folder / "step_00000004")
     (folder / "step_00000004" / "complete.json").write_text('{"files": {')  # killed while it was written
     truncate(folder / "step_00000003")
+    flip_a_bit(folder / "step_00000002")
 
-    assert whole_steps(config.checkpoints) == [1, 2]
+    assert whole_steps(config.checkpoints) == [1, 2]  # by their sizes
     assert run_on_ranks(2, run_loop, config) == [None, None]
 
     said = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "is not whole" in line]
-    assert [(line["checkpoint"], line["goes_on_from_step"]) for line in said] == [("step_00000003", 2), ("step_00000004", 2)]
+    told = [(line["checkpoint"], line["goes_on_from_step"]) for line in said]
+    assert told == [("step_00000003", 2), ("step_00000004", 2), ("step_00000002", 1)]
     assert "has 100 bytes" in said[0]["fault"]
+    assert said[2]["fault"] == "__1_0.distcp is not what was written: its CRC-32 is another"
     assert losses(config) == losses(whole)
     assert whole_steps(config.checkpoints) == [4, 5, 6]
 
@@ -127,16 +131,21 @@ def truncate(folder: Path) -> None:
         path.write_bytes(path.read_bytes()[:100])
 
 
-def overwrite(folder: Path) -> None:
-    path = folder / "__0_0.distcp"
-    path.write_bytes(bytes(path.stat().st_size))
+def flip_a_bit(folder: Path, name: str = "__1_0.distcp") -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    (folder / name).write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("damage", "messages"),
     [
         (truncate, ("step_00000004: damaged checkpoint, and there is none before it", "bytes, not", "do: delete it")),
-        (overwrite, ("step_00000004: damaged checkpoint", "do: delete it")),
+        (
+            flip_a_bit,
+            ("step_00000004: damaged checkpoint, and there is none before it", "__1_0.distcp is not what", "do: delete it"),
+        ),
+        (partial(flip_a_bit, name=".metadata"), ("step_00000004: damaged checkpoint", ".metadata is not what was written")),
         (lambda folder: (folder / "__1_0.distcp").unlink(), ("__1_0.distcp has no bytes, not", "do: delete it")),
     ],
 )

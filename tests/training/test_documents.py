@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ import transformers
 from torch import Tensor
 
 from distributed import run_on_ranks
-from fakes import TEXTS, tiny_tokenizer
 from families import DECODER, ENCODER, T5_SHAPE, T5S, build, export
 from powerhouse.artifacts import Artifact
-from powerhouse.corpora.conversations import ConversationsConfig, encode_conversations
 from powerhouse.errors import ConfigError, InputError
 from powerhouse.models.attention import Mask, RowAttention, document_positions
 from powerhouse.models.decoder import DecoderConfig
@@ -30,7 +27,7 @@ from powerhouse.training.data import read_batches
 from powerhouse.training.loop import accumulate, gradients
 from powerhouse.training.methods import method_of
 from powerhouse.training.objectives import Batch, causal_language_model, masked_language_model, sequence_to_sequence
-from tiny_run import make_config, sharded_model, write_tokens
+from tiny_run import make_config, sharded_model, write_pairs, write_tokens
 
 LENGTHS = [[5, 1, 9], [2, 4, 3, 6], [15]]
 """Of the documents in three rows."""
@@ -166,19 +163,6 @@ def test_without_a_word_of_documents_a_row_is_one_text_and_learned_tokens_are_st
     np.testing.assert_array_equal(plain["labels"], TOKENS[:, 1:])
     learned = causal_batch(rows(documents_BR=None), NOISE)["labels"]
     np.testing.assert_array_equal(learned, np.where(LEARNED[:, 1:], TOKENS[:, 1:], -100))
-
-
-def write_pairs(folder: Path, **changes: Any) -> Artifact:
-    """Tokens of some pairs, or of conversations, without Ray."""
-    tiny_tokenizer().save(folder / "start")
-    words = " ".join(TEXTS).split()
-    records = [
-        {"prompt": " ".join(words[i % 20 : i % 20 + 1 + i % 3]), "completion": " ".join(words[i % 30 : i % 30 + 1 + i % 2])}
-        for i in range(60)
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
-    values = {"inputs": [folder / "pairs.jsonl"], "tokenizer": folder / "start", "output": folder / "tokens", "row_length": 41}
-    return encode_conversations(ConversationsConfig.model_validate(values | changes))
 
 
 SHAPES: dict[str, dict[str, Any]] = {

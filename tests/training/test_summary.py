@@ -54,6 +54,7 @@ def test_the_numbers_of_a_run_are_the_last_ones_and_the_medians(tmp_path: Path) 
         "steps": 40,
         "last_loss": pytest.approx(5 * 0.97**39),
         "heldout_bits_per_byte": pytest.approx(3 - 39 / 20),
+        "heldout_loss": None,
         "median_tokens_per_s": 1020.0,
         "median_mfu": 0.3,
         "skipped_steps": 1,

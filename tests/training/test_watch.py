@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distributed import run_on_ranks
-from fakes import TEXTS, tiny_tokenizer
+from fakes import tiny_tokenizer
 from powerhouse.errors import ConfigError, InputError
 from powerhouse.evaluation.perplexity import nats_of_documents
 from powerhouse.heldout import bits_per_byte
@@ -29,7 +27,7 @@ from powerhouse.training.config import TrainingConfig
 from powerhouse.training.energy import DeclaredMeter, RaplMeter, find_meter
 from powerhouse.training.trackers import Guarded
 from powerhouse.training.watch import METRICS, SAMPLES, STARTS, TENSORBOARD, check_watch
-from tiny_run import make_config, run_loop, without_times, write_tokens
+from tiny_run import HELDOUT_TEXTS, make_config, run_loop, without_times, write_heldout, write_tokens
 
 PROMPT = "It was the best"
 
@@ -38,14 +36,6 @@ def watched(folder: Path, name: str, **watch: Any) -> TrainingConfig:
     shape = {"num_hidden_layers": 2, "max_position_embeddings": 128}
     config = make_config(folder, output=folder / name, watch={"tensorboard": True} | watch)
     return config.model_copy(update={"model": config.shape.model_copy(update=shape)})
-
-
-def write_heldout(folder: Path) -> Path:
-    (folder / "corpus" / "heldout").mkdir(parents=True)
-    pq.write_table(
-        pa.table({"text": [*TEXTS, "One more document, and the last."]}), folder / "corpus" / "heldout" / "part.parquet"
-    )
-    return folder / "corpus"
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -137,16 +127,15 @@ def test_mlflow_has_one_run_for_a_resumed_folder_with_every_step_once(
 def test_held_out_bits_per_byte_and_samples_are_those_of_the_finished_model(everything: Mapping[str, TrainingConfig]) -> None:
     config, tokenizer = everything["whole"], tiny_tokenizer()
     model = load_decoder(config.output)
-    texts = [*TEXTS, "One more document, and the last."]
     model.config = model.config.model_copy(update={"max_position_embeddings": 16})  # the rows' length
-    nats = sum(nats_of_documents(model, tokenizer.encode_batch(texts), 0, 4))
+    nats = sum(nats_of_documents(model, tokenizer.encode_batch(HELDOUT_TEXTS), 0, 4))
     model.config = config.shape
 
     last = read_metrics(config.output / METRICS)[-1]
     sample = read_metrics(config.output / SAMPLES)[-1]
     [ids] = generate(model, [tokenizer.encode(PROMPT)], GenerationConfig(max_tokens=5), {0})
 
-    expected = bits_per_byte(nats, len("".join(texts).encode()))
+    expected = bits_per_byte(nats, len("".join(HELDOUT_TEXTS).encode()))
     assert last["heldout_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
     assert sample == {"step": 5, "number": 0, "prompt": PROMPT, "text": tokenizer.decode(ids)}
 
@@ -236,15 +225,6 @@ def test_what_cannot_be_seen_is_refused_before_the_run_starts(
         check_watch(watched(tmp_path, "model", **watch))
 
     assert message in str(caught.value)
-
-
-def test_what_has_no_next_token_has_no_samples(tmp_path: Path) -> None:
-    write_tokens(tmp_path / "tokens")
-    shape = {"family": "encoder", "vocab_size": 301, "hidden_size": 32, "intermediate_size": 64}
-    shape |= {"num_hidden_layers": 1, "num_attention_heads": 4}
-
-    with pytest.raises(ConfigError, match="bits per byte and samples are of decoders\n  got: EncoderConfig"):
-        check_watch(make_config(tmp_path, model=shape, watch={"prompts": [PROMPT]}))
 
 
 @pytest.mark.gpu

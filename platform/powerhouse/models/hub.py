@@ -197,7 +197,8 @@ def save_model(directory: Path, config: ModelConfig, state: Mapping[str, Tensor]
     if not writes:
         return
     _write_json(directory / "config.json", values)
-    _write_json(directory / "generation_config.json", {"_from_model_config": True})
+    answering: dict[str, Any] = {name: values[name] for name in ("decoder_start_token_id", "eos_token_id") if name in values}
+    _write_json(directory / "generation_config.json", {"_from_model_config": True, **answering})
 
 
 def format_of(config: ModelConfig) -> Format:

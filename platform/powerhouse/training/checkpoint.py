@@ -1,14 +1,14 @@
 """Checkpoints of a run: `<store>/step_XXXXXXXX`, a file for each rank, loadable by any number of ranks.
 
 The state is copied while the loop waits and written while it goes on, by torch's `async_save`. What makes a checkpoint whole is
-its last file, complete.json, which has the size of every other file: object stores cannot rename. A folder without it, or
-whose files are not as it says, is never loaded. `<store>/run.json` says whose checkpoints these are.
+its last file, complete.json, which has size and CRC-32 of every other one: object stores cannot rename. A folder without it,
+or whose files are not as it says, is never loaded. `<store>/run.json` says whose checkpoints these are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +19,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from powerhouse.errors import ArtifactError, TrainingError
 from powerhouse.telemetry import make_logger
 from powerhouse.training.guard import Guard
 from powerhouse.training.sharding import frozen_names
-from powerhouse.training.storage import Store
+from powerhouse.training.storage import Store, checksums_of
 
 _PREFIX = "step_"
 _COMPLETE = "complete.json"
@@ -65,10 +66,26 @@ class Checkpoints:
         Raises:
             ArtifactError: there were checkpoints and none is whole, they are another run's, or they cannot be read.
         """
-        step = _from_main(lambda: _choose(self._store, self._run_id), self._asking)
-        if step:
-            self._load(step, model, optimizer, guard)
+        faults: dict[int, str] = {}
+        while step := _from_main(lambda: _choose(self._store, self._run_id, faults), self._asking):
+            fault = self._find_fault(step)
+            if fault is None:
+                self._load(step, model, optimizer, guard)
+                break
+            faults[step] = fault
         return step
+
+    def _find_fault(self, step: int) -> str | None:
+        """Say which file is not as it was written, if any; each rank reads every n-th."""
+        found: list[str | ArtifactError | None] = [None] * dist.get_world_size()
+        try:
+            fault: str | ArtifactError | None = _content_fault(self._store, step, dist.get_rank(), dist.get_world_size())
+        except OSError as error:
+            fault = _store_fails(self._store, error)
+        dist.all_gather_object(found, fault, group=self._asking)
+        if failure := next((item for item in found if isinstance(item, ArtifactError)), None):
+            raise failure
+        return next((item for item in found if isinstance(item, str)), None)
 
     def _load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
         """Each rank reads its slices only."""
@@ -109,17 +126,22 @@ class Checkpoints:
             TrainingError: the save before this one failed.
         """
         self.settle()
+        writer = self._store.writer(_folder(step))
         written = state_dict_saver.async_save(
-            _state(model, optimizer, guard), storage_writer=self._store.writer(_folder(step)), process_group=self._saving
+            _state(model, optimizer, guard), storage_writer=writer, process_group=self._saving
         )
-        self._pending = self._thread.submit(self._commit, step, written)
+        self._pending = self._thread.submit(self._commit, step, written, writer)
 
-    def _commit(self, step: int, written: Any) -> None:
+    def _commit(self, step: int, written: Any, writer: FileSystemWriter) -> None:
         """In the thread: once every rank has written its file, the first one makes the checkpoint whole."""
         written.result()
+        checksums: list[dict[str, int]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(checksums, checksums_of(writer), group=self._saving)
         if dist.get_rank() != 0:
             return
-        complete = {"step": step, "files": self._store.list_files(_folder(step))}
+        crc32 = {name: number for of_rank in checksums for name, number in of_rank.items()}
+        sizes = self._store.list_files(_folder(step))
+        complete = {"step": step, "files": {name: {"bytes": sizes.get(name), "crc32": crc32[name]} for name in sorted(crc32)}}
         self._store.write(f"{_folder(step)}/{_COMPLETE}", json.dumps(complete, indent=1).encode())
         for old in _whole_steps(self._store)[: -self._keep]:
             self._store.remove(_folder(old))
@@ -157,11 +179,14 @@ def _steps(store: Store) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _choose(store: Store, run_id: str) -> int:
-    """The newest step to go on from; what is not whole is told of and deleted, so that nothing of it gets into another."""
+def _choose(store: Store, run_id: str, known: Mapping[int, str]) -> int:
+    """The newest step to go on from; what is not whole is told of and deleted, so that nothing of it gets into another.
+
+    `known` are faults of steps that were found before.
+    """
     try:
         _claim(store, run_id)
-        faults = {step: _fault(store, step) for step in _steps(store)}
+        faults = {step: known.get(step) or _fault(store, step) for step in _steps(store)}
         newest = max((step for step, fault in faults.items() if not fault), default=0)
         damaged = [step for step, fault in faults.items() if fault and fault != _UNFINISHED]
         if damaged and not newest:
@@ -172,9 +197,13 @@ def _choose(store: Store, run_id: str) -> int:
             make_logger("training").warning("a checkpoint is not whole and is not used", extra={"fields": fields})
             store.remove(_folder(step))
     except OSError as error:
-        do = "check the name, the network and the rights (AWS_* variables for s3://), and run the job again"
-        raise ArtifactError(f"{store.location}: the store of the checkpoints fails", got=_reason(error), do=do) from error
+        raise _store_fails(store, error) from error
     return newest
+
+
+def _store_fails(store: Store, error: OSError) -> ArtifactError:
+    do = "check the name, the network and the rights (AWS_* variables for s3://), and run the job again"
+    return ArtifactError(f"{store.location}: the store of the checkpoints fails", got=_reason(error), do=do)
 
 
 def _claim(store: Store, run_id: str) -> None:
@@ -187,14 +216,26 @@ def _claim(store: Store, run_id: str) -> None:
 
 
 def _fault(store: Store, step: int) -> str | None:
-    """Say what keeps the checkpoint from being whole, if anything."""
+    """Say what keeps the checkpoint from being whole, as far as sizes tell, if anything."""
     try:
-        files = json.loads(store.read(f"{_folder(step)}/{_COMPLETE}"))["files"]
+        files = _files(store, step)
     except (FileNotFoundError, ValueError):
         return _UNFINISHED
     found = store.list_files(_folder(step))
-    wrong = (name for name, size in files.items() if found.get(name) != size)
-    return next((f"{name} has {found.get(name, 'no')} bytes, not {files[name]}" for name in wrong), None)
+    wrong = (name for name, file in files.items() if found.get(name) != file["bytes"])
+    return next((f"{name} has {found.get(name, 'no')} bytes, not {files[name]['bytes']}" for name in wrong), None)
+
+
+def _content_fault(store: Store, step: int, rank: int, num_ranks: int) -> str | None:
+    """Say which of a rank's share of the files has another content than was written, if any."""
+    share = sorted(_files(store, step).items())[rank::num_ranks]
+    wrong = (name for name, file in share if store.checksum(f"{_folder(step)}/{name}") != file["crc32"])
+    return next((f"{name} is not what was written: its CRC-32 is another" for name in wrong), None)
+
+
+def _files(store: Store, step: int) -> dict[str, dict[str, int]]:
+    files: dict[str, dict[str, int]] = json.loads(store.read(f"{_folder(step)}/{_COMPLETE}"))["files"]
+    return files
 
 
 def _from_main(choose: Callable[[], int], group: dist.ProcessGroup) -> int:

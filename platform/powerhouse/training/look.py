@@ -1,27 +1,40 @@
-"""A look at a model while it trains: bits per byte of held-out documents, and how it goes on from some prompts.
+"""A look at a model while it trains: how well it does on held-out text, and how it goes on from some prompts.
 
-Shapes: W windows, T positions. A collective: the model may be sharded, so that all ranks must run it equally often. It reads
-no random generator but its own and leaves no trace in the training.
+A decoder's figure on documents is bits per byte. An encoder's or a T5's is the loss of its own method, in nats per token that
+it predicts, with the same tokens hidden at every look; so is that of any family on rows that were packed from held-out records.
+A collective: the model may be sharded, so that all ranks must run it equally often. It reads no random generator but its own
+and leaves no trace in the training. Shapes: N rows, R tokens in a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from powerhouse.artifacts import Artifact
+from powerhouse.corpora.shards import TokenRows
 from powerhouse.errors import ConfigError
-from powerhouse.heldout import HELDOUT, bits_per_byte, cut_into_windows, nats_of_windows, read_heldout
+from powerhouse.heldout import HELDOUT, bits_per_byte, cut_into_windows, read_heldout
 from powerhouse.models.adapters import soft_prompt_of
 from powerhouse.models.decoder import DecoderConfig
+from powerhouse.models.encoder import EncoderConfig
+from powerhouse.models.encoder_decoder import T5Config
 from powerhouse.models.generate import GenerationConfig, Generator, generate
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.adapting import insert_prompt
-from powerhouse.training.config import TrainingConfig
+from powerhouse.training.batches import PackedRows
+from powerhouse.training.config import TrainingConfig, check
+from powerhouse.training.methods import method_of
+from powerhouse.training.noise import IGNORED
+from powerhouse.training.objectives import Batch
+from powerhouse.training.rows import ROWS
 
 
 @dataclass(frozen=True)
@@ -37,24 +50,21 @@ class Look:
     def __init__(self, config: TrainingConfig, model: Any, row_length: int, device: torch.device) -> None:
         watch, self._config, self._model, self._device = config.watch, config, model, device
         self._tokenizer = Tokenizer.load(config.tokens)
-        self._prompts = self._tokenizer.encode_batch(list(watch.prompts)) if watch.prompts else []
+        self._prompts = _encode_prompts(config, self._tokenizer)
+        self._batch: Batch | None = None
         self._num_bytes = 0
         if watch.heldout:
-            texts = read_heldout(watch.heldout / HELDOUT)[: watch.num_heldout]
-            self._num_bytes = sum(len(text.encode()) for text in texts)
-            context = min(model.config.max_position_embeddings, row_length - 1)
-            windows = cut_into_windows(self._tokenizer.encode_batch(texts), context, self._tokenizer.end_of_text_id)
-            labeled = {"inputs": windows.inputs_WT, "labels": windows.labels_WT}
-            self._windows = insert_prompt(labeled, soft_prompt_of(model))
+            batch, self._num_bytes = _read_batch(config, self._tokenizer, row_length)
+            self._batch = insert_prompt(batch, soft_prompt_of(model))
 
     @property
     def is_wanted(self) -> bool:
-        return bool(self._num_bytes or self._prompts)
+        return bool(self._batch or self._prompts)
 
     def __call__(self) -> Seen:
         was_training = self._model.training
         self._model.eval()
-        values = {"heldout_bits_per_byte": self._bits_per_byte()} if self._num_bytes else {}
+        values = self._figure(self._batch) if self._batch else {}
         samples = self._samples() if self._prompts else {}
         self._model.train(was_training)
         if isinstance(self._model, FSDPModule):
@@ -62,18 +72,21 @@ class Look:
         return Seen(values, samples)
 
     @torch.no_grad()
-    def _bits_per_byte(self) -> float:
-        """Every rank takes every n-th window, the last round filled up with windows that count nothing."""
-        rank, num_ranks, size = dist.get_rank(), dist.get_world_size(), self._config.run.micro_batch_rows
-        inputs_WT, labels_WT = self._windows["inputs"], self._windows["labels"]
-        num_missing = -len(inputs_WT) % (num_ranks * size)
-        inputs_WT = _lengthen(inputs_WT, num_missing, 0)[rank::num_ranks]
-        labels_WT = _lengthen(labels_WT, num_missing, -100)[rank::num_ranks]
-        nats = torch.zeros(1, dtype=torch.float64, device=self._device)
-        for inputs, labels in zip(torch.split(inputs_WT, size), torch.split(labels_WT, size), strict=True):
-            nats += nats_of_windows(self._model, inputs.to(self._device), labels.to(self._device)).sum()
-        dist.all_reduce(nats)
-        return bits_per_byte(float(nats), self._num_bytes)
+    def _figure(self, batch: Batch) -> dict[str, float]:
+        """Every rank takes every n-th row, the last round filled up with rows that count nothing."""
+        rank, num_ranks, run = dist.get_rank(), dist.get_world_size(), self._config.run
+        num_missing = -len(batch["labels"]) % (num_ranks * run.micro_batch_rows)
+        here = {name: _lengthen(rows, num_missing, name)[rank::num_ranks].to(self._device) for name, rows in batch.items()}
+        objective = partial(method_of(self._config.shape).objective, chunk_tokens=run.loss_chunk_tokens)
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for start in range(0, len(here["labels"]), run.micro_batch_rows):
+            part = {name: rows[start : start + run.micro_batch_rows] for name, rows in here.items()}
+            totals += torch.stack([total.double() for total in objective(self._model, part)])
+        dist.all_reduce(totals)
+        nats, num_predicted = float(totals[0]), float(totals[1])
+        if self._num_bytes:
+            return {"heldout_bits_per_byte": bits_per_byte(nats, self._num_bytes)}
+        return {"heldout_loss": nats / num_predicted}
 
     def _samples(self) -> dict[str, str]:
         model: Generator = self._model
@@ -82,26 +95,64 @@ class Look:
         return dict(zip(self._config.watch.prompts, map(self._tokenizer.decode, rows), strict=True))
 
 
-def _lengthen(rows_WT: Tensor, num_rows: int, filler: int) -> Tensor:
-    return torch.cat([rows_WT, rows_WT.new_full((num_rows, rows_WT.shape[1]), filler)])
+def _encode_prompts(config: TrainingConfig, tokenizer: Tokenizer) -> list[list[int]]:
+    """A decoder goes on from it; a T5 answers it as the source that it is, with its end."""
+    ends = [tokenizer.end_of_text_id] if isinstance(config.shape, T5Config) else []
+    return [[*ids, *ends] for ids in tokenizer.encode_batch(list(config.watch.prompts))] if config.watch.prompts else []
+
+
+def _read_batch(config: TrainingConfig, tokenizer: Tokenizer, row_length: int) -> tuple[Batch, int]:
+    """What is held out, as the method's objective takes it, and its bytes where bits are to be told per byte, else 0."""
+    heldout, num_heldout = config.watch.heldout, config.watch.num_heldout
+    assert heldout is not None, "there is something to read"
+    if _is_rows(config):
+        rows = TokenRows(heldout / ROWS)
+        numbers_N = np.arange(min(num_heldout, len(rows)))
+        documents_NR = rows.take_documents(numbers_N) if config.masks_documents or rows.tells_learned else None
+        learned_NR = rows.take_learned(numbers_N) if rows.tells_learned else None
+        return _method_batch(config, tokenizer, PackedRows(rows.take(numbers_N), numbers_N, documents_NR, learned_NR)), 0
+    texts = read_heldout(heldout / HELDOUT)[:num_heldout]
+    documents, end_id = tokenizer.encode_batch(texts), tokenizer.end_of_text_id
+    if isinstance(config.shape, DecoderConfig):
+        windows = cut_into_windows(documents, min(config.shape.max_position_embeddings, row_length - 1), end_id)
+        batch = {"inputs": windows.inputs_WT, "labels": windows.labels_WT}
+        return batch, sum(len(text.encode()) for text in texts)
+    ids = np.array([token_id for document in documents for token_id in (*document, end_id)], dtype=np.int32)
+    rows_NR = np.resize(ids, (max(len(ids) // row_length, 1), row_length))  # over and over, where it is shorter than a row
+    return _method_batch(config, tokenizer, PackedRows(rows_NR, np.arange(len(rows_NR)))), 0
+
+
+def _method_batch(config: TrainingConfig, tokenizer: Tokenizer, rows: PackedRows) -> Batch:
+    noise, method = config.make_noise(tokenizer, rows.tokens_BR.shape[1]), method_of(config.shape)
+    return method.batch(rows.tokens_BR, rows.places_B, noise, torch.device("cpu"), rows.documents_BR, rows.learned_BR)
+
+
+def _is_rows(config: TrainingConfig) -> bool:
+    return config.watch.heldout is not None and (config.watch.heldout / ROWS).is_dir()
+
+
+def _lengthen(rows: Tensor, num_rows: int, name: str) -> Tensor:
+    return torch.cat([rows, rows.new_full((num_rows, rows.shape[1]), IGNORED if name == "labels" else 0)])
 
 
 def check_look(config: TrainingConfig, tokenizer: Tokenizer) -> None:
     """Hold what is to be looked at against the model.
 
     Raises:
-        ConfigError: the model does not continue texts, or a prompt leaves no room.
+        ConfigError: the model does not write texts, a prompt leaves no room, or the held-out rows are of another kind.
         InputError: there are no held-out documents.
     """
-    watch = config.watch
-    if not (watch.heldout or watch.prompts):
-        return
-    if not isinstance(config.shape, DecoderConfig):
-        what = type(config.shape).__name__
-        raise ConfigError("watch.heldout, watch.prompts: bits per byte and samples are of decoders", got=what)
-    if watch.heldout:
+    watch, shape = config.watch, config.shape
+    if watch.prompts and isinstance(shape, EncoderConfig):
+        raise ConfigError("watch.prompts: an encoder writes no texts", got=type(shape).__name__, do="leave them out")
+    if _is_rows(config):
+        _check_rows(config, tokenizer)
+    elif watch.heldout:
         read_heldout(watch.heldout / HELDOUT)
-    room = config.shape.max_position_embeddings - watch.sample_tokens
+        if isinstance(shape, T5Config) and "num_learned_tokens" in Artifact.open(config.tokens, "tokens").manifest.counts:
+            do = "set it to tokens that were made of pairs kept aside"
+            raise ConfigError("watch.heldout: a corpus has no pairs, which this run learns", got=watch.heldout, do=do)
+    room = getattr(shape, "max_position_embeddings", 2**31) - watch.sample_tokens
     for prompt in watch.prompts:
         if not 0 < (num_tokens := len(tokenizer.encode(prompt))) <= room:
             raise ConfigError(
@@ -109,3 +160,14 @@ def check_look(config: TrainingConfig, tokenizer: Tokenizer) -> None:
                 got=f"{num_tokens} tokens and {watch.sample_tokens} new",
                 allowed=f"1 to {room} tokens",
             )
+
+
+def _check_rows(config: TrainingConfig, tokenizer: Tokenizer) -> None:
+    """Held-out rows are such as the run could be trained on."""
+    assert config.watch.heldout is not None, "there are rows"
+    tokens = Artifact.open(config.watch.heldout, "tokens")
+    if Tokenizer.load(tokens.path).core.to_str() != tokenizer.core.to_str():
+        raise ConfigError(
+            f"watch.heldout: {tokens.path} has another tokenizer than {config.tokens}", do="make it with that one"
+        )
+    check(config.model_copy(update={"tokens": tokens.path}), tokens)

@@ -133,11 +133,12 @@ class WatchConfig(Config):
     look_every: int = Field(default=100, gt=0)
     """Steps between two looks at held-out text and at samples; the last step is looked at too."""
     heldout: StoragePath | None = None
-    """Corpus artifact whose held-out documents are scored, in bits per byte."""
+    """Corpus artifact whose held-out documents are scored: a decoder in bits per byte, an encoder or a T5 in nats per token
+    that it fills in. Or tokens, made as the run's own of conversations or pairs kept aside: nats per token of an answer."""
     num_heldout: int = Field(default=64, gt=0)
-    """Documents of it that are scored: the first."""
+    """Documents, or rows, of it that are scored: the first."""
     prompts: tuple[str, ...] = ()
-    """Texts that the model goes on from, taking the likeliest token each time."""
+    """Texts that a decoder goes on from, or that a T5 answers, taking the likeliest token each time."""
     sample_tokens: int = Field(default=40, gt=0)
     """Tokens that it goes on for."""
     declared_watts: float | None = Field(default=None, gt=0)

@@ -22,6 +22,7 @@ _TEMPLATE = Path(__file__).with_name("summary.html.j2")
 _CURVES = {
     "loss": "loss (nats per predicted token)",
     "heldout_bits_per_byte": "held-out bits per byte",
+    "heldout_loss": "held-out loss (nats per predicted token)",
     "lr": "learning rate",
     "grad_norm": "gradient norm, before clipping",
     "tokens_per_s": "tokens per second",
@@ -82,6 +83,7 @@ def _result(rows: Sequence[Mapping[str, Any]], parameters: int) -> dict[str, Any
         "steps": last["step"] + 1,
         "last_loss": last["loss"],
         "heldout_bits_per_byte": last.get("heldout_bits_per_byte"),
+        "heldout_loss": last.get("heldout_loss"),
         "median_tokens_per_s": speeds[len(speeds) // 2],
         "median_mfu": shares[len(shares) // 2] if shares else None,
         "skipped_steps": int(sum(row.get("skipped", 0) for row in rows)),
