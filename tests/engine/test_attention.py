@@ -33,7 +33,7 @@ def test_paged_attention_over_scattered_blocks_is_dense_attention(
         mask = Mask(num_past=past, window=window)
         expected.append(dense_attention(q_SHD[None, past:], k_SKD[None], v_SKD[None], mask)[0])
     torch.testing.assert_close(out_THD, torch.cat(expected))
-    assert not cache.k_LNPKD[0].any(), "layer 2 was not asked for"
+    assert not cache.k_LKNPD[0].any(), "layer 2 was not asked for"
 
 
 def lay_out(spans: list[range], tables: list[tuple[int, ...]], block_size: int) -> ForwardBatch:

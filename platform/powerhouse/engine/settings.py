@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from powerhouse.config import Config
 from powerhouse.device import DeviceName, DtypeName
+
+Quantization = Literal["int8", "int4", "int8_dynamic"]
 
 
 class EngineConfig(Config):
     """How a model is held and how much is computed at a time; the same for every stage of a pipeline."""
 
     dtype: DtypeName = "float32"
-    """Precision of weights, activations and KV cache."""
+    """Precision of weights, activations and KV cache; on a CPU without 16-bit arithmetic, of the weights alone."""
+    quantization: Quantization | None = None
+    """Weights rounded as they are loaded. int8: a scale per output. int4: a scale and an offset for every 32 inputs of an
+    output. int8_dynamic, on a CPU: as int8, and activations are rounded too, which makes products faster, not only smaller."""
     device: DeviceName = "auto"
     """Where each stage computes."""
     num_stages: int = Field(default=1, gt=0)

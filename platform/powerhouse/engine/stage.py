@@ -5,15 +5,18 @@ Shapes: T tokens, C model width, B rows that get a new token, S rows of a prompt
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from powerhouse.device import choose_device, to_dtype
+from powerhouse.device import choose_device, reuse_freed_memory, to_dtype
 from powerhouse.engine.attention import PagedAttention, PagedCache
 from powerhouse.engine.batch import BatchResult, ForwardBatch
+from powerhouse.engine.formats import compute_dtype, make_pack
+from powerhouse.engine.fused import FusedDecoder
 from powerhouse.engine.logprobs import TokenLogprobs, score
 from powerhouse.engine.sampler import sample
 from powerhouse.engine.settings import EngineConfig
@@ -27,12 +30,16 @@ _SCORED_AT_A_TIME = 128
 class Stage:
     """The layers of `decoder`, which may be a slice of a model, with their keys and values."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
+    @torch.inference_mode()
+    def __init__(self, decoder: Decoder, config: EngineConfig, *, empties: bool = False) -> None:
+        """With `empties` the decoder is of no use afterwards, and its memory is spared."""
         weight = next(decoder.parameters())
         self.is_first, self.is_last = decoder.is_first, decoder.is_last
         self.width = decoder.config.hidden_size
-        self.dtype, self.device = weight.dtype, weight.device
-        self.decoder = decoder
+        self.device, self.dtype = weight.device, compute_dtype(weight.dtype, weight.device)
+        num_positions = min(config.max_model_len or math.inf, decoder.config.max_position_embeddings)
+        pack = make_pack(config, weight.dtype, self.device)
+        self.decoder = FusedDecoder(decoder, pack, self.dtype, int(num_positions), empties=empties)
         self._cache = PagedCache(decoder.config, decoder.layers, config.num_blocks, config.block_size, self.dtype, self.device)
 
     @classmethod
@@ -41,13 +48,15 @@ class Stage:
 
         Raises:
             ModelFormatError: the directory is missing or damaged.
-            ConfigError: there are fewer layers than stages, or no such device.
+            ConfigError: there are fewer layers than stages, no such device, or no such weight format on it.
         """
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
+        reuse_freed_memory()
         layers = split_layers(read_config(directory).num_hidden_layers, config.num_stages)[rank]
         device = choose_device(config.device)
-        return cls(load_decoder(directory, layers=layers, dtype=to_dtype(config.dtype), device=device), config)
+        decoder = load_decoder(directory, layers=layers, dtype=to_dtype(config.dtype), device=device)
+        return cls(decoder, config, empties=True)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, hidden_TC: Tensor | None = None) -> Tensor:
