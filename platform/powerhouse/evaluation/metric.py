@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,10 @@ class Metric(Config, ABC):
     def finalise(self, num_items: Values, sums: Sums) -> Mapping[str, Values]:
         """Values [...] by name from the number of items [...] and their sums [..., S]."""
 
+    def prepare(self, pairs: Sequence[Pair]) -> Self:
+        """The metric with what it must know of all items before any is scored; most need nothing."""
+        return self
+
     def facts(self) -> dict[str, Any]:
         """What the signature says: every setting, unless the metric has a better way to say it."""
         values = self.model_dump(mode="json").items()
@@ -94,7 +98,7 @@ class Metric(Config, ABC):
 
     def signature(self, sums_NS: Sums) -> str:
         """Two results may be compared where this is the same."""
-        return make_signature(**self.facts(), refs=_references(total(sums_NS)), version=powerhouse.__version__)
+        return make_signature(**self.facts(), refs=count_references(total(sums_NS)), version=powerhouse.__version__)
 
     def score(self, sums_NS: Sums, seed: int = 0) -> dict[str, Score]:
         """Scores by name from the rows of all items.
@@ -107,7 +111,8 @@ class Metric(Config, ABC):
         return {name: as_score(float(v), resampled.get(name), len(sums_NS), signature) for name, v in values.items()}
 
 
-def _references(sums_S: Sums) -> str:
+def count_references(sums_S: Sums) -> str:
+    """How many each item has, or `var`, from the sums of rows."""
     num_items, num_references, squares = sums_S[:_NUM_COMMON]
     is_constant = num_items * squares == num_references**2  # Cauchy-Schwarz, in whole numbers
     return str(int(num_references / num_items)) if is_constant else "var"
