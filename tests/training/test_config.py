@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
             {"run": {"checkpoints": "gopher://host/a"}},
             r"run\.checkpoints: .*\n  got: gopher://host/a .*\n  allowed: a path, s3://",
         ),
-        ({"run": {"num_workers": 4, "min_workers": 3}}, r"run\.num_workers: .*\n  got: 3 with .*\n  allowed: 1, 2, 4$"),
+        ({"run": {"num_workers": 4, "min_workers": 3}}, r"run\.min_workers: .*\n  got: 3 with .*\n  allowed: 1, 2, 4$"),
         ({"run": {"micro_batch_rows": 3}}, r"run\.micro_batch_rows: .*\n  got: 3 with .*\n  allowed: 1, 2, 4, 8$"),
         ({"model": tiny_config(vocab_size=299).model_dump()}, r"model\.vocab_size: .*\n  got: 299\n  allowed: 300 or more"),
         (
@@ -84,14 +84,31 @@ def test_the_demo_settings_are_valid_and_accumulate_over_two_micro_batches() -> 
 
 
 @pytest.mark.parametrize(
-    ("counts", "per_copy", "message"),
+    ("most", "fewest", "per_copy", "message"),
     [
-        (range(1, 5), None, r"run\.num_workers: .*\n  got: 3 with global_batch_rows=16 .*\n  allowed: 1, 2, 4, 8$"),
-        ([2, 4, 8, 16], None, r"got: 16 with .*\n  allowed: 1, 2, 4, 8$"),
-        ([4, 2, 1], 2, r"run\.workers_per_copy: .*\n  got: 2 with run\.num_workers=1"),
+        (3, 2, None, r"run\.num_workers: .*\n  got: 3 with global_batch_rows=16 .*\n  allowed: 1, 2, 4, 8$"),
+        (8, 3, None, r"run\.min_workers: .*\n  got: 3 with global_batch_rows=16 .*\n  allowed: 1, 2, 4, 8$"),
+        (4, 1, 2, r"run\.workers_per_copy: .*\n  got: 2 with run\.min_workers=1"),
     ],
 )
-def test_every_number_of_workers_that_a_run_may_have_divides_its_batch(counts: Any, per_copy: Any, message: str) -> None:
+def test_the_most_and_the_fewest_workers_divide_the_batch(most: int, fewest: int, per_copy: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_batch(16, 2, counts, per_copy)
-    check_batch(16, 2, [1, 2, 4, 8])
+        check_batch(16, 2, {"run.num_workers": most, "run.min_workers": fewest}, per_copy)
+    check_batch(16, 2, {"run.num_workers": 8, "run.min_workers": 2}, 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "most", "fewest", "per_copy"), [(24, 2, 12, 1, None), (48, 1, 16, 4, 4), (30, 1, 15, 3, 3)]
+)
+def test_of_every_number_of_workers_between_them_enough_share_the_batch(
+    tmp_path: Path, rows: int, micro: int, most: int, fewest: int, per_copy: int | None
+) -> None:
+    run = {"num_workers": most, "min_workers": fewest, "micro_batch_rows": micro, "workers_per_copy": per_copy}
+    config = make_config(tmp_path, global_batch_rows=rows, run=run)
+    check(config, write_tokens(tmp_path / "tokens"))
+
+    used = [config.usable_workers(number) for number in range(fewest, most + 1)]
+    assert used == sorted(used)
+    assert (used[0], used[-1]) == (fewest, most)
+    assert all(config.can_share(number) for number in used)
+    assert set(used) == {number for number in range(fewest, most + 1) if config.can_share(number)}

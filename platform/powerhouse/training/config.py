@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -185,8 +185,10 @@ def _check_learned(config: TrainingConfig, tokens: Artifact) -> None:
         )
 
 
-def check_batch(rows: int, micro: int, worker_counts: Sequence[int], workers_per_copy: int | None = None) -> None:
-    """Hold the global batch, which stays the same, against every number of workers that the run may have.
+def check_batch(rows: int, micro: int, worker_counts: Mapping[str, int], workers_per_copy: int | None = None) -> None:
+    """Hold the global batch, which stays the same, against the fewest and the most workers, by the name of the setting.
+
+    Of a number between them that does not divide it, `usable_workers` go on.
 
     Raises:
         ConfigError: one does not divide it into micro-batches.
@@ -197,17 +199,17 @@ def check_batch(rows: int, micro: int, worker_counts: Sequence[int], workers_per
             got=f"{micro} with global_batch_rows={rows}",
             allowed=_divisors(rows),
         )
-    for num_workers in worker_counts:
+    for setting, num_workers in worker_counts.items():
         if rows % (num_workers * micro):
             raise ConfigError(
-                "run.num_workers: does not divide the global batch",
+                f"{setting}: does not divide the global batch",
                 got=f"{num_workers} with global_batch_rows={rows} and micro_batch_rows={micro}",
                 allowed=_divisors(rows // micro),
             )
         if num_workers % (workers_per_copy or 1):
             raise ConfigError(
                 "run.workers_per_copy: does not divide the workers",
-                got=f"{workers_per_copy} with run.num_workers={num_workers}",
+                got=f"{workers_per_copy} with {setting}={num_workers}",
                 allowed=_divisors(num_workers),
             )
 

@@ -96,9 +96,9 @@ class RunConfig(Config):
         return self
 
     @property
-    def worker_counts(self) -> list[int]:
-        """Fewest and most workers of the run."""
-        return sorted({self.min_workers or self.num_workers, self.num_workers})
+    def worker_counts(self) -> dict[str, int]:
+        """Most and fewest workers of the run, by the name of the setting."""
+        return {"run.num_workers": self.num_workers, "run.min_workers": self.min_workers or self.num_workers}
 
 
 class NoiseConfig(Config):
