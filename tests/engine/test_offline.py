@@ -27,8 +27,10 @@ def test_the_engine_scores_and_writes_as_the_plain_model_does(path: Path) -> Non
         assert len(fast) == len(row) - 1
         assert [logprob for logprob, _ in fast] == pytest.approx([logprob for logprob, _ in slow], abs=1e-5)
         assert [is_likeliest for _, is_likeliest in fast] == [is_likeliest for _, is_likeliest in slow]
-    texts = engine.write(ROWS, max_tokens=8, temperature=0, stop=(), seed=0)
-    assert texts == plain.write(ROWS, max_tokens=8, temperature=0, stop=(), seed=0)
+    fast_texts, slow_texts = (model.write(ROWS, max_tokens=8, temperature=0, stop=(), seed=0) for model in (engine, plain))
+    assert len(set(fast_texts)) > 5
+    for fast_text, slow_text in zip(fast_texts, slow_texts, strict=True):
+        assert fast_text.rstrip("\ufffd") == slow_text.rstrip("\ufffd"), "a last character may lack bytes"
     assert engine.max_length == 128
 
 
