@@ -21,7 +21,7 @@ from powerhouse.models.decoder import Decoder
 from powerhouse.models.encoder import Encoder
 from powerhouse.models.encoder_decoder import T5, EncoderDecoder
 from powerhouse.models.generate import GenerationConfig, Generator, generate
-from powerhouse.models.hub import load_model
+from powerhouse.models.hub import load_decoder, load_model
 from powerhouse.models.kernels import causal_attention
 from powerhouse.prompting import Prompt, slot_row
 from powerhouse.tokenizer import Tokenizer
@@ -48,6 +48,11 @@ def open_respondent(
         return EncoderDecoderRespondent(model, tokenizer)
     allowed = "a decoder, an encoder with its masked-LM head, or a T5"
     raise InputError(f"{path}: this kind of model answers no questions", got=type(model).__name__, allowed=allowed)
+
+
+def open_plain_decoder(path: Path) -> PlainDecoder:
+    """Load a decoder in float32 on the CPU."""
+    return PlainDecoder(load_decoder(path), Tokenizer.load(path))
 
 
 class PlainDecoder:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from powerhouse.config import Config, StoragePath
 from powerhouse.evaluation.asking import Writing
+from powerhouse.evaluation.catalog import AnyMetric
+from powerhouse.evaluation.labels import Accuracy, LabelF1
+from powerhouse.evaluation.metric import Metric
 from powerhouse.prompting import Template
 
 
@@ -35,9 +40,17 @@ class BaseTask(Config):
     limit: int | None = Field(default=None, gt=0)
     """Only the first so many items."""
 
-    def files(self) -> list[Path]:
+    def files(self) -> dict[str, Path]:
         """Data that the task reads."""
-        return [self.data]
+        return {"data": self.data}
+
+    def used_metrics(self) -> tuple[Metric, ...]:
+        """What is measured, the first one deciding which samples are the best."""
+        return ()
+
+    def facts(self) -> dict[str, Any]:
+        """What the signature says of how the items were asked."""
+        raise NotImplementedError
 
 
 class TemplateTask(BaseTask):
@@ -48,6 +61,9 @@ class TemplateTask(BaseTask):
 
     def make_template(self) -> Template:
         return Template(self.template, self.user)
+
+    def facts(self) -> dict[str, Any]:
+        return {"template": short_hash(f"{self.template}\0{self.user}")}
 
 
 class LabelTask(TemplateTask):
@@ -64,8 +80,20 @@ class LabelTask(TemplateTask):
     examples: ExamplesConfig | None = None
     """Examples before each question; none where left out."""
 
-    def files(self) -> list[Path]:
-        return [self.data, *([self.examples.data] if self.examples else [])]
+    metrics: tuple[AnyMetric, ...] = ()
+    """What is measured; accuracy and the labels' F1 where left out."""
+
+    def files(self) -> dict[str, Path]:
+        return super().files() | ({"examples": self.examples.data} if self.examples else {})
+
+    def used_metrics(self) -> tuple[Metric, ...]:
+        return self.metrics or (Accuracy(), LabelF1(labels=tuple(self.labels)))
+
+    def facts(self) -> dict[str, Any]:
+        words = ";".join(f"{label}={','.join(words)}" for label, words in self.labels.items())
+        shown = self.examples
+        examples = f"{shown.num},{shown.choice},seed{shown.seed},orders{shown.num_orders}" if shown else 0
+        return super().facts() | {"labels": words, "calibrated": self.calibrated, "examples": examples}
 
 
 class ChoiceTask(TemplateTask):
@@ -80,6 +108,12 @@ class ChoiceTask(TemplateTask):
     per: Literal["answer", "character", "byte", "token"] = "answer"
     """Compare log-probabilities of whole answers, or divided by length: lm-evaluation-harness's acc, acc_norm, acc_bytes."""
 
+    def used_metrics(self) -> tuple[Metric, ...]:
+        return (Accuracy(),)
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"per": self.per}
+
 
 class WritingTask(TemplateTask):
     """A text, written from the slot on."""
@@ -90,6 +124,16 @@ class WritingTask(TemplateTask):
     """How it is written."""
     references: tuple[str, ...] = Field(min_length=1)
     """Columns with a right text each, or with a list of them."""
+    metrics: tuple[AnyMetric, ...] = Field(min_length=1)
+    """What is measured."""
+
+    def used_metrics(self) -> tuple[Metric, ...]:
+        return self.metrics
+
+    def facts(self) -> dict[str, Any]:
+        how = self.writing
+        greedy = "greedy" if how.temperature == 0 else f"temperature{how.temperature},seed{how.seed}"
+        return super().facts() | {"writing": f"{greedy},max{how.max_tokens},stop{json.dumps(how.stop)}"}
 
 
 class ReadingTask(BaseTask):
@@ -101,6 +145,13 @@ class ReadingTask(BaseTask):
     """Column with the text."""
     window: int | None = Field(default=None, gt=1)
     """Tokens read at a time; as many as the model can where left out."""
+
+    def facts(self) -> dict[str, Any]:
+        return {"windows": f"disjoint,{self.window or 'context'}"}
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 Task = Annotated[LabelTask | ChoiceTask | WritingTask | ReadingTask, Field(discriminator="kind")]
