@@ -94,7 +94,7 @@ def test_calibration_divides_by_what_items_without_content_get() -> None:
 
 def test_examples_in_several_orders_are_scored_alone_and_together_over_items() -> None:
     examples = {"data": "pool.jsonl", "num": 2, "num_orders": 2, "seed": 3}
-    plan, result, _ = ask(config_of(**SENTIMENT, examples=examples, metrics=["accuracy"]))
+    plan, result, _ = ask(config_of(**SENTIMENT, examples=examples, metrics=[{"metric": "accuracy"}]))
 
     orders = [result.scores[f"accuracy, order {order}"] for order in (1, 2)]
     assert result.scores["accuracy"].value == pytest.approx(np.mean([score.value for score in orders]))
@@ -129,7 +129,7 @@ def test_the_likeliest_of_an_items_own_answers(per: str) -> None:
 
 
 def test_a_written_text_is_held_against_its_references() -> None:
-    task = {"kind": "write", "template": "{text} [MASK]", "references": ["label"], "metrics": ["exact_match"]}
+    task = {"kind": "write", "template": "{text} [MASK]", "references": ["label"], "metrics": [{"metric": "exact_match"}]}
     _, result, _ = ask(config_of(**task, writing={"max_tokens": 4}))
 
     model = PlainDecoder(tiny_decoder(max_position_embeddings=256), tiny_tokenizer())
@@ -204,10 +204,7 @@ def test_an_answer_that_is_not_among_the_choices_is_refused(tmp_path: Path) -> N
     ("values", "message"),
     [
         ({"tasks": {"t": SENTIMENT | {"kind": "labels", "data": "x.csv"}}}, "kind"),
-        (
-            {"tasks": {"t": SENTIMENT | {"data": "x.csv", "metrics": ["acuracy"]}}},
-            "a name, or a mapping with `metric`, of accuracy",
-        ),
+        ({"tasks": {"t": SENTIMENT | {"data": "x.csv", "metrics": [{"metric": "acuracy"}]}}}, "acuracy"),
         ({"endpoint": {"url": "http://x/v1", "model": "m"}}, "either model, a directory, or endpoint"),
         ({"corpus": "x"}, "corpus and tokens together"),
         ({}, "tasks, or a corpus with its tokens"),

@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from powerhouse import artifacts
 from powerhouse.artifacts import Artifact, Counts
 from powerhouse.config import Config, StoragePath
 from powerhouse.errors import InputError
-from powerhouse.evaluation.catalog import make_metric
+from powerhouse.evaluation.likelihood import Likelihood
+from powerhouse.evaluation.metric import Metric
+from powerhouse.evaluation.metrics import AnyMetric
 from powerhouse.evaluation.report import write_comparison
 from powerhouse.evaluation.results import ROWS, SAMPLES
 from powerhouse.evaluation.significance import Comparison, Test, compare
 
 _NUM_APART = 10
+_METRIC: TypeAdapter[Metric] = TypeAdapter(AnyMetric | Likelihood)
 
 
 class ComparisonConfig(Config):
@@ -73,7 +77,7 @@ def _compare_task(name: str, config: ComparisonConfig) -> dict[str, Comparison]:
     for metric in baseline["metrics"]:
         if metric["settings"] in settings:
             rows = other["metrics"][settings.index(metric["settings"])]["rows"]
-            made = make_metric(metric["settings"])
+            made: Metric = _METRIC.validate_python(metric["settings"])
             compared |= compare(made, np.array(metric["rows"]), np.array(rows), test=config.test, seed=config.seed)
     if not compared:
         raise InputError(f"task {name}: the evaluations have no metric in common", got=settings)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from powerhouse.evaluation.catalog import AnyMetric
 from powerhouse.evaluation.likelihood import Likelihood
 from powerhouse.evaluation.metric import Metric, make_pairs
 from powerhouse.evaluation.plans import Plan, ReadingPlan, Replies
@@ -37,7 +36,7 @@ class Result:
     """Of each item: its number, what was asked and said, what was right, its own values; `good` orders them."""
 
 
-def judge(plan: Plan, metrics: Sequence[AnyMetric], facts: Mapping[str, Any], replies: Replies) -> Result:
+def judge(plan: Plan, metrics: Sequence[Metric], facts: Mapping[str, Any], replies: Replies) -> Result:
     """Score all items; `facts` go into every signature.
 
     Raises:
@@ -49,7 +48,9 @@ def judge(plan: Plan, metrics: Sequence[AnyMetric], facts: Mapping[str, Any], re
     rows = []
     said = [[plan.said(number, way, replies) for number in range(len(plan.rows))] for way in range(plan.num_variants)]
     for metric in metrics:
-        parts = [metric.statistics(make_pairs([i.hypothesis for i in way], [i.references for i in way])) for way in said]
+        pairs = [make_pairs([item.hypothesis for item in way], [item.references for item in way]) for way in said]
+        metric = metric.prepare(pairs[0])  # by the references, which all variants share
+        parts = [metric.statistics(of_way) for of_way in pairs]
         rows.append((metric, np.sum(parts, axis=0)))
         scores |= _scores(metric, rows[-1][1], facts)
         if len(parts) > 1:

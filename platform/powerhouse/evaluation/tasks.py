@@ -11,9 +11,9 @@ from pydantic import Field
 
 from powerhouse.config import Config, StoragePath
 from powerhouse.evaluation.asking import Writing
-from powerhouse.evaluation.catalog import AnyMetric
 from powerhouse.evaluation.labels import Accuracy, LabelF1
 from powerhouse.evaluation.metric import Metric
+from powerhouse.evaluation.metrics import AnyMetric
 from powerhouse.prompting import Template
 
 
