@@ -21,6 +21,11 @@ def test_what_is_given_reaches_the_engine() -> None:
     given = {"max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 7, "seed": 9, "ignore_eos": True}
     assert CompletionRequest(**WHOLE, **given, stop="x").sampling_params == SamplingParams(**given, stop=("x",))
     assert CompletionRequest(**WHOLE, stop=["x", "y"]).sampling_params.stop == ("x", "y")
+    penalties = {"presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "min_p": 0.1, "min_tokens": 2}
+    assert CompletionRequest(**WHOLE, **penalties).sampling_params == SamplingParams(**penalties)
+    ids = {"logit_bias": {"50": -100, "7": 1.5}, "stop_token_ids": [3, 4]}
+    expected = SamplingParams(logit_bias={50: -100, 7: 1.5}, stop_token_ids=(3, 4))
+    assert CompletionRequest.model_validate(WHOLE | ids).sampling_params == expected
 
 
 def test_known_fields_that_ask_for_nothing_are_taken() -> None:
@@ -55,7 +60,8 @@ def test_known_fields_that_ask_for_nothing_are_taken() -> None:
         ({"n": 2}, "n", "n: got 2; allowed: 1"),
         ({"echo": 1}, "echo", "echo: got 1; allowed: boolean"),
         ({"logprobs": True}, "logprobs", "logprobs: got True; allowed: integer"),
-        ({"presence_penalty": 1.5}, "presence_penalty", "presence_penalty: got 1.5; allowed: less than or equal to 0"),
+        ({"presence_penalty": "1"}, "presence_penalty", "presence_penalty: got '1'; allowed: number"),
+        ({"logit_bias": {"50": "1"}}, "logit_bias.50", "logit_bias.50: got '1'; allowed: number"),
         ({"stream_options": {"usage": True}}, "stream_options.usage", "stream_options.usage: unknown field"),
     ],
 )

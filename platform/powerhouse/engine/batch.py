@@ -14,7 +14,8 @@ import msgpack
 
 from powerhouse.engine.logprobs import RowScoring, TokenLogprobs
 from powerhouse.engine.request import Request
-from powerhouse.engine.sampler import RowSampling, draw_uniform
+from powerhouse.engine.rows import row_sampling
+from powerhouse.engine.sampler import RowSampling
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ForwardBatch:
     @classmethod
     def from_bytes(cls, data: bytes) -> ForwardBatch:
         batch = cls(*msgpack.unpackb(data, use_list=False))
-        sampling = tuple(RowSampling(*row) for row in batch.sampling)
+        sampling = tuple(RowSampling.from_wire(row) for row in batch.sampling)
         return dataclasses.replace(batch, sampling=sampling, scoring=tuple(RowScoring(*row) for row in batch.scoring))
 
 
@@ -86,7 +87,7 @@ def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatc
         tables.append(tuple(request.blocks[: -(-stop // block_size)]))
         if will_sample(request, num_tokens):
             rows.append(len(token_ids) - 1)
-            sampling.append(_row_sampling(request))
+            sampling.append(row_sampling(request))
     return ForwardBatch(
         tuple(token_ids),
         tuple(positions),
@@ -115,9 +116,3 @@ def _row_scoring(request: Request, num_tokens: int, offset: int) -> list[RowScor
     num_top = request.params.prompt_logprobs or 0
     places = scored_places(request, num_tokens)
     return [RowScoring(offset + place - 1, request.token_ids[place], num_top) for place in places]
-
-
-def _row_sampling(request: Request) -> RowSampling:
-    params = request.params
-    uniform = draw_uniform(request.seed, request.num_output_tokens)
-    return RowSampling(float(params.temperature), params.top_k, float(params.top_p), uniform, params.logprobs)

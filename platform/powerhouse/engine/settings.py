@@ -30,6 +30,8 @@ class EngineConfig(Config):
     """Tokens in a block of the KV cache."""
     num_blocks: int = Field(default=512, gt=0)
     """Blocks in the KV cache; its tokens are num_blocks x block_size, on every stage for that stage's layers."""
+    caches_prefixes: bool = True
+    """Keep the keys and values of what was computed until their room is needed, for requests that begin alike."""
     max_num_seqs: int = Field(default=32, gt=0)
     """Requests that compute at the same time, over all stages together."""
     max_num_batched_tokens: int = Field(default=512, gt=0)

@@ -2,19 +2,21 @@
 
 A field that is not known is refused, as OpenAI does: a misspelt `max_token` is an error and not a silent default. Known
 fields whose effect is not here are taken at the value that asks for nothing (n=1, tools=null, ...) and refused at any
-other. null means "not given". Beyond OpenAI, as vLLM has them: `top_k` and `ignore_eos`. `user` is taken and not used.
+other. null means "not given". Beyond OpenAI, as vLLM has them: `top_k`, `min_p`,
+`repetition_penalty`, `min_tokens`, `stop_token_ids` and `ignore_eos`. `user` is taken and not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    Strict,
     field_validator,
     model_serializer,
     model_validator,
@@ -22,7 +24,19 @@ from pydantic import (
 
 from powerhouse.engine import SamplingParams
 
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "ignore_eos",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 class _Body(BaseModel):
@@ -48,9 +62,13 @@ class _SampledRequest(_Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     n: Literal[1] | None = None
-    logit_bias: None = None
-    presence_penalty: float | None = Field(default=None, ge=0, le=0)
-    frequency_penalty: float | None = Field(default=None, ge=0, le=0)
+    logit_bias: dict[Annotated[int, Strict(False)], float] | None = None  # JSON's keys are strings
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -65,7 +83,8 @@ class _SampledRequest(_Body):
         """What was given, over the engine's own defaults."""
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(stop=stop, **given | more)
+        ids = tuple(self.stop_token_ids or ())
+        return SamplingParams(stop=stop, stop_token_ids=ids, logit_bias=self.logit_bias or {}, **given | more)
 
     @property
     def wants_usage_chunk(self) -> bool:
