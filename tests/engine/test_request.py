@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from powerhouse.engine import SamplingParams
+from powerhouse.engine import Constraint, SamplingParams
 from powerhouse.errors import RequestError
 
 
@@ -42,6 +42,11 @@ from powerhouse.errors import RequestError
         ({"logit_bias": {"1": 1}}, "logit_bias is out of range\n  got: {'1': 1}"),
         ({"logit_bias": [1]}, "logit_bias is out of range\n  got: [1]"),
         ({"stop_token_ids": (1.5,)}, "stop_token_ids is out of range\n  got: (1.5,)\n  allowed: a tuple of token ids"),
+        ({"constraint": "[a-z]"}, "constraint is out of range\n  got: '[a-z]'\n  allowed: a Constraint, or None"),
+        (
+            {"constraint": Constraint.by_choice(["a"]), "min_tokens": 2},
+            "min_tokens is out of range\n  got: 2\n  allowed: 0 with a constraint",
+        ),
         ({"ignore_eos": 1}, "ignore_eos is out of range\n  got: 1\n  allowed: true or false"),
     ],
 )

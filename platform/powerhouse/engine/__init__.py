@@ -1,6 +1,7 @@
 """Inference: requests in, tokens out. No Ray, no HTTP."""
 
 from powerhouse.engine.completion import Completion
+from powerhouse.engine.constraint import Constraint
 from powerhouse.engine.engine import Engine
 from powerhouse.engine.logprobs import TokenLogprobs
 from powerhouse.engine.params import SamplingParams
@@ -11,6 +12,7 @@ from powerhouse.engine.worker import run_stage
 
 __all__ = [
     "Completion",
+    "Constraint",
     "Engine",
     "EngineConfig",
     "LocalRunner",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from powerhouse.engine.batch import BatchResult, make_batch, scored_places, will_sample
 from powerhouse.engine.completion import Completion
+from powerhouse.engine.constraint import Constrainer
 from powerhouse.engine.detokenizer import TextStream
 from powerhouse.engine.kv_cache import BlockNames, BlockPool
 from powerhouse.engine.logprobs import TokenLogprobs
@@ -68,6 +69,7 @@ class Engine:
         self._outputs: list[Output] = []
         self._num_added = 0
         self._arrivals = count()
+        self._constrainer = Constrainer(tokenizer, model_config.vocab_size)
 
     @classmethod
     def from_directory(cls, path: Path | str, config: EngineConfig | None = None) -> Engine:
@@ -128,6 +130,7 @@ class Engine:
                 names=BlockNames(self._pool.block_size) if self._config.caches_prefixes else None,
                 leader=requests[0] if requests and self._config.caches_prefixes else None,
                 end_ids=end_ids,
+                matcher=self._constrainer.matcher(params.constraint) if params.constraint else None,
             )
             requests.append(request)
         return requests
@@ -243,9 +246,11 @@ class Engine:
         may_stop = request.num_output_tokens >= request.params.min_tokens
         is_end = may_stop and token_id in request.end_ids
         text = "" if is_end else request.text.push([token_id], may_stop=may_stop)
-        if is_end or request.text.is_stopped or request.num_output_tokens == request.params.max_tokens:
+        if request.matcher:
+            request.matcher.take(token_id)
+        if reason := _reason_to_end(request, is_end):
             text += request.text.finish()
-            self._finish(request, "stop" if is_end or request.text.is_stopped else "length")
+            self._finish(request, reason)
         self._outputs.append(self._output(request, (token_id,), text, (logprobs,) if logprobs else None))
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
@@ -276,3 +281,12 @@ class Engine:
             request.request_id not in self._requests,
             request.num_cached,
         )
+
+
+def _reason_to_end(request: Request, is_end: bool) -> FinishReason | None:
+    matcher = request.matcher
+    if is_end or request.text.is_stopped or (matcher and matcher.is_complete):
+        return "stop"
+    if matcher and matcher.error:
+        return "abort"
+    return "length" if request.num_output_tokens == request.params.max_tokens else None

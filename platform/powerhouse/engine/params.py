@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from powerhouse.engine.constraint import Constraint
 from powerhouse.engine.logprobs import MAX_NUM_TOP
 from powerhouse.errors import RequestError
 
@@ -51,6 +52,8 @@ class SamplingParams:
     """Taken off the logits of the answer's tokens so far, once for each time that they are there."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens, before the penalties."""
+    constraint: Constraint | None = None
+    """The form of the answer."""
     logprobs: int | None = None
     """Tell each new token's logprob, and that many of the likeliest in its place; None tells nothing."""
     prompt_logprobs: int | None = None
@@ -65,6 +68,11 @@ class SamplingParams:
             _check_int(self, name, 0, MAX_NUM_TOP, optional=True)
         _check_int(self, "n", 1, MAX_N)
         _check_int(self, "min_tokens", 0, self.max_tokens, allowed=f"0 to max_tokens={self.max_tokens}")
+        is_constraint = self.constraint is None or isinstance(self.constraint, Constraint)
+        _check(self, "constraint", "a Constraint, or None", is_constraint)
+        _check(
+            self, "min_tokens", "0 with a constraint, which has an end of its own", not (self.constraint and self.min_tokens)
+        )
         _check_number(self, "temperature", "0 or above", lambda value: value >= 0)
         _check_number(self, "top_p", "above 0, up to 1", lambda value: 0 < value <= 1)
         _check_number(self, "min_p", "0 to 1", lambda value: 0 <= value <= 1)

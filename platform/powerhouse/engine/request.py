@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from powerhouse.engine.constraint import Matcher
 from powerhouse.engine.detokenizer import TextStream
 from powerhouse.engine.kv_cache import BlockNames
 from powerhouse.engine.logprobs import TokenLogprobs
 from powerhouse.engine.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
+"""stop: an end token or string, or the end of a constraint. abort: asked for, or the constraint's library gave up."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Request:
         names: BlockNames | None = None,
         leader: Request | None = None,
         end_ids: frozenset[int] = frozenset(),
+        matcher: Matcher | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -75,6 +78,8 @@ class Request:
         """The first answer to the same prompt, whose blocks this one shares once they are computed."""
         self.end_ids = end_ids
         """Tokens that end it."""
+        self.matcher = matcher
+        """Of its constraint."""
         self.token_ids = list(prompt)
         self.num_prompt_tokens = len(prompt)
         self.num_computed = 0

@@ -23,6 +23,7 @@ def row_sampling(request: Request) -> RowSampling:
         float(params.min_p),
         _bias(request),
         _penalties(request),
+        request.matcher.mask() if request.matcher else None,
     )
 
 

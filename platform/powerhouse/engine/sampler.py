@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,8 @@ class RowSampling(NamedTuple):
     bias: tuple[tuple[int, float], ...] = ()
     """Added to logits; -inf forbids."""
     penalties: Penalties | None = None
+    mask: bytes | None = None
+    """Bit i, lowest first: whether token i may be chosen."""
 
     @property
     def is_filtered(self) -> bool:
@@ -99,7 +102,7 @@ def _probabilities(logits_BV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
 
 
 def _adjust(logits_BV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
-    if adjusted := [i for i, row in enumerate(rows) if row.bias or row.penalties]:
+    if adjusted := [i for i, row in enumerate(rows) if row.bias or row.penalties or row.mask]:
         logits_BV = logits_BV.clone()
         for i in adjusted:
             _adjust_row(logits_BV[i], rows[i])
@@ -107,7 +110,10 @@ def _adjust(logits_BV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
 
 
 def _adjust_row(logits_V: Tensor, row: RowSampling) -> None:
-    """In place, in vLLM's order: biases, then penalties."""
+    """In place, in vLLM's order: what is forbidden, biases, penalties."""
+    if row.mask is not None:
+        allowed = np.unpackbits(np.frombuffer(row.mask, dtype=np.uint8), bitorder="little")[: len(logits_V)]
+        logits_V.masked_fill_(torch.from_numpy(allowed == 0).to(logits_V.device), float("-inf"))
     if row.bias:
         token_ids, values = zip(*row.bias, strict=True)
         logits_V[list(token_ids)] += torch.tensor(values, device=logits_V.device)
