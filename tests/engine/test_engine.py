@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -120,7 +121,7 @@ Prompts = st.builds(
     lambda length, tail: [*range(50, 50 + length), *tail], st.sampled_from([0, 3, 9]), Tails
 )  # many begin alike
 Requests = st.lists(st.tuples(Prompts, Params), min_size=1, max_size=8)
-Settings = st.fixed_dictionaries(
+Settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "num_slots": st.integers(1, 4),
         "block_size": st.sampled_from([1, 3, 8]),
@@ -128,6 +129,7 @@ Settings = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 6),
         "max_num_batched_tokens": st.sampled_from([6, 9, 64]),
         "caches_prefixes": st.booleans(),
+        "speculation": st.sampled_from([None, {"num_tokens": 3, "ngram": 1}]),
     }
 )
 
@@ -140,7 +142,7 @@ Aborts = st.dictionaries(st.integers(0, 7), st.integers(0, 20), max_size=4)
 def test_any_mix_on_any_engine_gives_what_each_request_gives_alone(
     make_engine: MakeEngine,
     requests: list[tuple[list[int], SamplingParams]],
-    engine_settings: dict[str, int],
+    engine_settings: dict[str, Any],
     aborts: dict[int, int],
 ) -> None:
     check_mix(make_engine, requests, engine_settings, aborts)
@@ -152,7 +154,7 @@ def test_any_mix_on_any_engine_gives_what_each_request_gives_alone(
 def test_any_of_many_mixes_on_any_engine_gives_what_each_request_gives_alone(
     make_engine: MakeEngine,
     requests: list[tuple[list[int], SamplingParams]],
-    engine_settings: dict[str, int],
+    engine_settings: dict[str, Any],
     aborts: dict[int, int],
 ) -> None:
     check_mix(make_engine, requests, engine_settings, aborts)
@@ -161,7 +163,7 @@ def test_any_of_many_mixes_on_any_engine_gives_what_each_request_gives_alone(
 def check_mix(
     make_engine: MakeEngine,
     requests: list[tuple[list[int], SamplingParams]],
-    engine_settings: dict[str, int],
+    engine_settings: dict[str, Any],
     aborts: dict[int, int],
 ) -> None:
     """Whatever is chunked, pre-empted, in flight, taken from the prefix cache or aborted beside it; and on a second run, when

@@ -72,22 +72,25 @@ class BatchResult(NamedTuple):
 
 
 def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatch:
-    """Lay out the scheduled tokens; a request whose last token is among them gets a new one."""
+    """Lay out the scheduled tokens; a request whose last token is among them gets a new one, and one after each guess."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    tables, rows, sampling = [], [], []
+    tables: list[tuple[int, ...]] = []
+    rows: list[int] = []
+    sampling: list[RowSampling] = []
     scoring: list[RowScoring] = []
     for request, num_tokens in scheduled.items():
         start, stop = request.num_computed, request.num_computed + num_tokens
         scoring += _row_scoring(request, num_tokens, len(token_ids) - start)
-        token_ids += request.token_ids[start:stop]
+        token_ids += [*request.token_ids[start:stop], *request.draft]
         positions += range(start, stop)
         slots += (request.blocks[i // block_size] * block_size + i % block_size for i in range(start, stop))
         tables.append(tuple(request.blocks[: -(-stop // block_size)]))
         if will_sample(request, num_tokens):
-            rows.append(len(token_ids) - 1)
-            sampling.append(row_sampling(request))
+            num_guesses = len(request.draft)
+            rows += range(len(token_ids) - 1 - num_guesses, len(token_ids))
+            sampling += [row_sampling(request, request.draft[:i]) for i in range(num_guesses + 1)]
     return ForwardBatch(
         tuple(token_ids),
         tuple(positions),
@@ -101,7 +104,7 @@ def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatc
 
 
 def will_sample(request: Request, num_tokens: int) -> bool:
-    return request.num_missing == num_tokens and request.params.max_tokens > 0
+    return request.num_to_compute == num_tokens and request.params.max_tokens > 0
 
 
 def scored_places(request: Request, num_tokens: int) -> range:

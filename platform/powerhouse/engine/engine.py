@@ -20,9 +20,10 @@ from powerhouse.engine.runner import LocalRunner, Runner
 from powerhouse.engine.sampler import seed_of
 from powerhouse.engine.scheduler import Schedule, Scheduler
 from powerhouse.engine.settings import EngineConfig
+from powerhouse.engine.speculation import Speculator, make_speculator
 from powerhouse.engine.stage import Stage
-from powerhouse.engine.submission import check_request
-from powerhouse.errors import ConfigError, ModelFormatError, QueueFullError, RequestError
+from powerhouse.engine.submission import check_model, check_request
+from powerhouse.errors import ConfigError, QueueFullError, RequestError
 from powerhouse.models.decoder import DecoderConfig
 from powerhouse.models.hub import read_config
 from powerhouse.tokenizer import Tokenizer
@@ -38,28 +39,19 @@ class Engine:
         ModelFormatError: the tokenizer has more tokens than the model.
     """
 
-    def __init__(self, model_config: DecoderConfig, tokenizer: Tokenizer, config: EngineConfig, runner: Runner) -> None:
-        context = model_config.max_position_embeddings
-        if config.max_model_len and config.max_model_len > context:
-            raise ConfigError(
-                "max_model_len is beyond the model's context", got=config.max_model_len, allowed=f"1 to {context}"
-            )
-        if tokenizer.vocab_size > model_config.vocab_size:
-            raise ModelFormatError(
-                "the tokenizer has more tokens than the model", got=tokenizer.vocab_size, allowed=model_config.vocab_size
-            )
-        scaling, longest = model_config.rope_scaling, config.max_model_len or context
-        if scaling and scaling.kind == "dynamic" and longest > (scaling.original_context or longest):
-            raise ConfigError(
-                "dynamic rope scaling turns all of a batch by its longest request",
-                got=f"max_model_len={longest}",
-                allowed=f"1 to {scaling.original_context}, where it changes nothing",
-            )
+    def __init__(
+        self,
+        model_config: DecoderConfig,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        runner: Runner,
+        speculator: Speculator | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self._end_of_text_id = tokenizer.end_of_text_id
         self._config = config
         self._runner = runner
-        self.max_model_len = longest
+        self.max_model_len = check_model(model_config, tokenizer, config)
         self._vocab_size = model_config.vocab_size
         self._pool = BlockPool(config.num_blocks, config.block_size)
         self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_num_batched_tokens, runner.num_slots)
@@ -69,6 +61,8 @@ class Engine:
         self._outputs: list[Output] = []
         self._num_added = 0
         self._arrivals = count()
+        self._speculator = speculator or make_speculator(model_config, tokenizer, config)
+        self._num_guessed = self._num_guessed_right = 0
         self._constrainer = Constrainer(tokenizer, model_config.vocab_size)
 
     @classmethod
@@ -147,8 +141,12 @@ class Engine:
         Raises:
             EngineError: a stage is lost; the engine can only be closed.
         """
+        if self._speculator:
+            self._speculator.plan(self._scheduler.running)
         scheduled = self._scheduler.schedule()
         if scheduled:
+            if self._speculator:
+                self._speculator.fill(scheduled)
             self._in_flight.append(scheduled)
             self._runner.submit(make_batch(scheduled, self._config.block_size))
         if self._in_flight and (not scheduled or len(self._in_flight) == self._runner.num_slots):
@@ -189,6 +187,8 @@ class Engine:
             "num_preemptions": self._scheduler.num_preemptions,
             "prefix_cache_queries": self._scheduler.num_looked_up,
             "prefix_cache_hits": self._scheduler.num_found,
+            "num_guessed": self._num_guessed,
+            "num_guessed_right": self._num_guessed_right,
             "kv_cache_usage": 1 - self._pool.num_free / self._pool.num_blocks,
         }
 
@@ -232,16 +232,32 @@ class Engine:
         for request, num_tokens in scheduled.items():
             request.prompt_logprobs += islice(scored, len(scored_places(request, num_tokens)))
             if will_sample(request, num_tokens):
-                chosen[request] = next(tokens)
+                chosen[request] = list(islice(tokens, len(request.draft) + 1))
         self._scheduler.land(scheduled)
         for request in scheduled:
             if request.finish_reason is None and request in chosen:
-                self._append(request, *chosen[request])
+                self._extend(request, chosen[request])
             elif request.finish_reason is None and not request.num_missing:
                 self._finish(request, "length")
                 self._outputs.append(self._output(request))
 
-    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    def _extend(self, request: Request, chosen: Sequence[tuple[int, TokenLogprobs | None]]) -> None:
+        """Take the new token, and those after it while what was guessed before them is what was chosen."""
+        guesses, request.draft = request.draft, []
+        num_right = next((i for i, guess in enumerate(guesses) if guess != chosen[i][0]), len(guesses))
+        text, taken = "", []
+        for token_id, told in chosen[: num_right + 1]:
+            taken.append((token_id, told))
+            text += self._append(request, token_id)
+            if request.finish_reason:
+                break
+        request.num_computed += len(taken) - 1
+        self._num_guessed += len(guesses)
+        self._num_guessed_right += num_right
+        logprobs = tuple(told for _, told in taken if told)
+        self._outputs.append(self._output(request, tuple(token_id for token_id, _ in taken), text, logprobs or None))
+
+    def _append(self, request: Request, token_id: int) -> str:
         request.token_ids.append(token_id)
         may_stop = request.num_output_tokens >= request.params.min_tokens
         is_end = may_stop and token_id in request.end_ids
@@ -251,7 +267,7 @@ class Engine:
         if reason := _reason_to_end(request, is_end):
             text += request.text.finish()
             self._finish(request, reason)
-        self._outputs.append(self._output(request, (token_id,), text, (logprobs,) if logprobs else None))
+        return text
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._scheduler.finish(request, reason)

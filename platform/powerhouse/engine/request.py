@@ -82,9 +82,13 @@ class Request:
         """Of its constraint."""
         self.token_ids = list(prompt)
         self.num_prompt_tokens = len(prompt)
+        self.draft: list[int] = []
+        """Guesses of what comes next, which are computed with the text."""
         self.num_computed = 0
         self.num_in_flight = 0
         self.num_cached = 0
+        self.num_named = 0
+        """Of its blocks, those that the prefix cache knows."""
         self.blocks: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
@@ -121,6 +125,10 @@ class Request:
     @property
     def computed_names(self) -> list[bytes]:
         return self._names_within(self.num_computed)
+
+    @property
+    def num_to_compute(self) -> int:
+        return self.num_missing + len(self.draft)
 
     def _names_within(self, num_tokens: int) -> list[bytes]:
         return self.names.first(num_tokens // self.names.block_size, self.token_ids) if self.names else []

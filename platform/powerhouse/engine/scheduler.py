@@ -53,8 +53,8 @@ class Scheduler:
         """Count the tokens of a batch that came back; blocks of what has ended meanwhile become free only now."""
         for request, num_tokens in scheduled.items():
             request.num_in_flight = 0
-            request.num_computed += num_tokens
-            self._name_blocks(request, num_tokens)
+            request.num_computed += num_tokens - len(request.draft)
+            self._name_blocks(request)
             if request.finish_reason:
                 self._release(request)
 
@@ -74,16 +74,28 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         # Decodes are spread evenly over the batches in flight, prompts are not: a step's time is that of its prompts.
         num_decodes = -(-len(self.running) // self._num_slots)
-        for request in list(self.running):
-            num_tokens = min(request.num_missing, budget)
+        num_spare = budget - len(self.running)
+        for request in [request for request in self.running if not request.is_in_flight]:
+            if request not in self.running:  # pre-empted meanwhile
+                continue
+            self._cut_draft(request, min(num_spare, budget - 1))
+            num_tokens = min(request.num_to_compute, budget)
             is_decode = request.num_missing == 1
-            if request.is_in_flight or request not in self.running or not num_tokens or (is_decode and not num_decodes):
+            if not num_tokens or (is_decode and not num_decodes):
                 continue
             if self._make_room(request, request.num_computed + num_tokens, scheduled):
                 scheduled[request] = num_tokens
                 budget -= num_tokens
+                num_spare -= len(request.draft)
                 num_decodes -= is_decode
         return scheduled
+
+    def _cut_draft(self, request: Request, num_spare: int) -> None:
+        """Guesses take no other request's turn and no other request's blocks."""
+        if request.draft:
+            num_blocks = self.pool.num_blocks_for(request.num_tokens + len(request.draft)) - len(request.blocks)
+            has_room = self.pool.can_allocate(num_blocks)
+            request.draft = request.draft[: max(num_spare, 0)] if has_room else []
 
     def _admit_waiting(self, scheduled: Schedule) -> None:
         budget = self._max_num_batched_tokens - sum(scheduled.values())
@@ -104,6 +116,7 @@ class Scheduler:
         insort(self.running, request, key=_rank)
         request.blocks = self.pool.allocate(num_new, shared)
         request.num_computed = len(shared) * self.pool.block_size
+        request.num_named = len(shared)
         if not request.num_output_tokens:
             request.num_cached = request.num_computed
         self.num_looked_up += request.num_tokens if names else 0
@@ -129,16 +142,16 @@ class Scheduler:
         self.running.remove(request)
         self._release(request)
         request.num_computed = 0
+        request.draft = []
         self.add(request)
         self.num_preemptions += 1
 
-    def _name_blocks(self, request: Request, num_tokens: int) -> None:
-        first = (request.num_computed - num_tokens) // self.pool.block_size
-        if request.num_computed // self.pool.block_size == first:
-            return
-        names = request.computed_names
-        for block, name in zip(request.blocks[first : len(names)], names[first:], strict=True):
-            self.pool.name(block, name)
+    def _name_blocks(self, request: Request) -> None:
+        first, stop = request.num_named, request.num_computed // self.pool.block_size
+        if first < stop and request.names:
+            for block, name in zip(request.blocks[first:stop], request.computed_names[first:], strict=True):
+                self.pool.name(block, name)
+            request.num_named = stop
 
     def _release(self, request: Request) -> None:
         self.pool.free(request.blocks)

@@ -1,4 +1,4 @@
-"""What is refused when it is submitted, because it could never be served."""
+"""What is refused at once, because it could never be served: models, and requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,34 @@ from collections.abc import Sequence
 
 from powerhouse.engine.kv_cache import BlockPool
 from powerhouse.engine.params import SamplingParams
-from powerhouse.errors import RequestError
+from powerhouse.engine.settings import EngineConfig
+from powerhouse.errors import ConfigError, ModelFormatError, RequestError
+from powerhouse.models.decoder import DecoderConfig
+from powerhouse.tokenizer import Tokenizer
+
+
+def check_model(model_config: DecoderConfig, tokenizer: Tokenizer, config: EngineConfig) -> int:
+    """Give the longest prompt and answer together that the engine will take, in tokens.
+
+    Raises:
+        ConfigError: max_model_len is beyond the model's context, or where dynamic rope scaling begins.
+        ModelFormatError: the tokenizer has more tokens than the model.
+    """
+    context = model_config.max_position_embeddings
+    if config.max_model_len and config.max_model_len > context:
+        raise ConfigError("max_model_len is beyond the model's context", got=config.max_model_len, allowed=f"1 to {context}")
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ModelFormatError(
+            "the tokenizer has more tokens than the model", got=tokenizer.vocab_size, allowed=model_config.vocab_size
+        )
+    scaling, longest = model_config.rope_scaling, config.max_model_len or context
+    if scaling and scaling.kind == "dynamic" and longest > (scaling.original_context or longest):
+        raise ConfigError(
+            "dynamic rope scaling turns all of a batch by its longest request",
+            got=f"max_model_len={longest}",
+            allowed=f"1 to {scaling.original_context}, where it changes nothing",
+        )
+    return longest
 
 
 def check_request(ids: Sequence[int], params: SamplingParams, vocab_size: int, max_model_len: int, pool: BlockPool) -> None:
