@@ -5,14 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from answering import run
 from fakes import write_tiny_model
-from powerhouse.engine import Completion, Engine, EngineConfig, Output, SamplingParams
+from powerhouse.engine import Engine, EngineConfig, SamplingParams
 from powerhouse.errors import ConfigError, ModelFormatError, QueueFullError, RequestError
 from powerhouse.models.generate import GenerationConfig, generate
 from powerhouse.models.hub import load_decoder
@@ -23,42 +21,6 @@ PROMPTS = [[5, 6, 7], [8] * 21, [250, 3, 99, 4, 17, 2], [42], list(range(40, 71)
 SEEDED = SamplingParams(max_tokens=12, temperature=1.2, top_k=50, top_p=0.95, seed=11, ignore_eos=True)
 
 MakeEngine = Callable[..., Engine]
-Texts = dict[str, Completion]
-
-
-def run(
-    engine: Engine, requests: Sequence[tuple[Sequence[int], SamplingParams]], aborts: dict[int, int] | None = None
-) -> Texts:
-    """All requests at once, request i aborted before step aborts[i]; each has ended exactly once and no block is held."""
-    pieces: dict[str, list[Output]] = {}
-    for i, (prompt, params) in enumerate(requests):
-        pieces[engine.add_request(prompt, params, str(i))] = []
-    step = 0
-    while engine.has_unfinished:
-        for i in [i for i, at in (aborts or {}).items() if at == step]:
-            engine.abort(str(i))
-        for output in engine.step():
-            pieces[output.request_id].append(output)
-        step += 1
-        assert step < 10_000, "the engine goes on for ever"
-    assert engine.stats()["kv_cache_usage"] == engine.stats()["num_running"] == engine.stats()["num_waiting"] == 0
-    assert sum(output.is_last for outputs in pieces.values() for output in outputs) == len(requests)
-    return {
-        f"{name}/{index}" if index else name: join([output for output in outputs if output.index == index])
-        for name, outputs in pieces.items()
-        for index in {output.index for output in outputs}
-    }
-
-
-def join(outputs: list[Output]) -> Completion:
-    ends = [output.finish_reason for output in outputs if output.finish_reason]
-    assert len(ends) == 1, f"ended {len(ends)} times"
-    assert outputs[-1].finish_reason == ends[0], "nothing comes after the end"
-    token_ids = tuple(token for output in outputs for token in output.token_ids)
-    assert outputs[-1].num_output_tokens == len(token_ids)
-    return Completion(
-        "".join(output.text for output in outputs), token_ids, ends[0], outputs[-1].num_prompt_tokens, index=outputs[0].index
-    )
 
 
 def test_batched_greedy_is_the_plain_dense_loop(
@@ -97,96 +59,6 @@ def test_a_preempted_request_gives_what_an_undisturbed_one_gives(make_engine: Ma
     tight = make_engine(block_size=4, num_blocks=11)
     assert list(tight.generate(PROMPTS, params)) == undisturbed
     assert tight.stats()["num_preemptions"] > 0
-
-
-Params = st.builds(
-    SamplingParams,
-    max_tokens=st.integers(1, 9),
-    temperature=st.sampled_from([0.0, 0.8, 1.5]),
-    top_k=st.none() | st.integers(1, 300),
-    top_p=st.sampled_from([0.5, 0.9, 1.0]),
-    min_p=st.sampled_from([0.0, 0.1]),
-    seed=st.integers(0, 3),
-    n=st.sampled_from([1, 1, 3]),
-    repetition_penalty=st.sampled_from([1.0, 1.2]),
-    presence_penalty=st.sampled_from([0.0, 0.5]),
-    frequency_penalty=st.sampled_from([0.0, -0.3]),
-    logit_bias=st.sampled_from([{}, {3: 2.0, 8: -100.0}]),
-    stop_token_ids=st.sampled_from([(), (7, 40, 41, 42)]),
-    stop=st.sampled_from([(), ("a",), ("e", "th")]),
-    ignore_eos=st.booleans(),
-)
-Tails = st.lists(st.integers(0, 299), min_size=1, max_size=14)
-Prompts = st.builds(
-    lambda length, tail: [*range(50, 50 + length), *tail], st.sampled_from([0, 3, 9]), Tails
-)  # many begin alike
-Requests = st.lists(st.tuples(Prompts, Params), min_size=1, max_size=8)
-Settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
-    {
-        "num_slots": st.integers(1, 4),
-        "block_size": st.sampled_from([1, 3, 8]),
-        "num_blocks": st.sampled_from([32, 40, 100]),
-        "max_num_seqs": st.integers(1, 6),
-        "max_num_batched_tokens": st.sampled_from([6, 9, 64]),
-        "caches_prefixes": st.booleans(),
-        "speculation": st.sampled_from([None, {"num_tokens": 3, "ngram": 1}]),
-    }
-)
-
-
-Aborts = st.dictionaries(st.integers(0, 7), st.integers(0, 20), max_size=4)
-
-
-@settings(max_examples=4)
-@given(Requests, Settings, Aborts)
-def test_any_mix_on_any_engine_gives_what_each_request_gives_alone(
-    make_engine: MakeEngine,
-    requests: list[tuple[list[int], SamplingParams]],
-    engine_settings: dict[str, Any],
-    aborts: dict[int, int],
-) -> None:
-    check_mix(make_engine, requests, engine_settings, aborts)
-
-
-@pytest.mark.slow
-@settings(max_examples=40)
-@given(Requests, Settings, Aborts)
-def test_any_of_many_mixes_on_any_engine_gives_what_each_request_gives_alone(
-    make_engine: MakeEngine,
-    requests: list[tuple[list[int], SamplingParams]],
-    engine_settings: dict[str, Any],
-    aborts: dict[int, int],
-) -> None:
-    check_mix(make_engine, requests, engine_settings, aborts)
-
-
-def check_mix(
-    make_engine: MakeEngine,
-    requests: list[tuple[list[int], SamplingParams]],
-    engine_settings: dict[str, Any],
-    aborts: dict[int, int],
-) -> None:
-    """Whatever is chunked, pre-empted, in flight, taken from the prefix cache or aborted beside it; and on a second run, when
-    the cache is full of the first one.
-    """
-    engine = make_engine(**engine_settings)
-    together = run(engine, requests, aborts)
-    plain = make_engine(caches_prefixes=False)
-    for i, (prompt, params) in enumerate(requests):
-        for alone in plain.generate([prompt], params):
-            check_found(together[f"{i}/{alone.index}" if alone.index else str(i)], alone, i in aborts)
-    assert {name: found for name, found in run(engine, requests).items() if int(name[0]) not in aborts} == {
-        name: found for name, found in together.items() if int(name[0]) not in aborts
-    }
-
-
-def check_found(found: Completion, alone: Completion, may_be_aborted: bool) -> None:
-    if found.finish_reason != "abort":
-        assert found == alone
-        return
-    assert may_be_aborted
-    assert alone.token_ids[: len(found.token_ids)] == found.token_ids
-    assert alone.text.startswith(found.text)
 
 
 def test_an_abort_disturbs_nobody_and_is_told_once(make_engine: MakeEngine) -> None:
