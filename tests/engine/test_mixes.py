@@ -4,6 +4,8 @@ answer, ends it twice or keeps a block.
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from answering import run
 from powerhouse.engine import Completion, Engine, SamplingParams
+from powerhouse.errors import QueueFullError
 
 MakeEngine = Callable[..., Engine]
 
@@ -104,3 +107,41 @@ def check_found(found: Completion, alone: Completion, may_be_aborted: bool) -> N
     assert may_be_aborted
     assert alone.token_ids[: len(found.token_ids)] == found.token_ids
     assert alone.text.startswith(found.text)
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_with_random_aborts_on_a_tiny_cache_each_end_once(
+    make_engine: MakeEngine,
+) -> None:
+    """A soak: lengths, parameters and moments of arrival and abort are random; nothing hangs, leaks or ends twice."""
+    rng = random.Random(0)
+    engine = make_engine(
+        block_size=4, num_blocks=30, max_num_seqs=24, max_num_batched_tokens=40, max_waiting_requests=16, num_slots=2,
+        speculation={"ngram": 1},
+    )  # fmt: skip
+    num_added = num_refused = 0
+    ends: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    open_requests: list[str] = []
+    while num_added < 2000 or engine.has_unfinished:
+        for _ in range(rng.randrange(9) if num_added < 2000 else 0):
+            length = rng.choice([1, 2, 3, 5, 8, 13, 21])
+            params = SamplingParams(max_tokens=rng.randrange(1, 12), seed=num_added, top_k=5, ignore_eos=rng.random() < 0.9)
+            try:
+                prompt = [rng.randrange(4) for _ in range(length)]
+                open_requests.append(engine.add_request(prompt, params, str(num_added), priority=rng.randrange(3)))
+                num_added += 1
+            except QueueFullError:
+                num_refused += 1
+        if open_requests and rng.random() < 0.3:
+            engine.abort(rng.choice(open_requests))
+        for output in engine.step():
+            if output.finish_reason:
+                ends[output.request_id] += 1
+                reasons[output.finish_reason] += 1
+                open_requests.remove(output.request_id)
+    assert ends == Counter({str(i): 1 for i in range(num_added)})
+    assert min(reasons["abort"], reasons["stop"], reasons["length"], num_refused) > 0
+    stats = engine.stats()
+    assert min(stats["num_preemptions"], stats["prefix_cache_hits"], stats["num_guessed_right"]) > 0
+    assert [stats[name] for name in ("kv_cache_usage", "num_running", "num_waiting", "num_in_flight")] == [0, 0, 0, 0]

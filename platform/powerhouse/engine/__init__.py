@@ -7,7 +7,7 @@ from powerhouse.engine.logprobs import TokenLogprobs
 from powerhouse.engine.params import SamplingParams
 from powerhouse.engine.request import Output
 from powerhouse.engine.runner import LocalRunner, PipelineRunner, Runner
-from powerhouse.engine.settings import EngineConfig
+from powerhouse.engine.settings import EngineConfig, SpeculationConfig
 from powerhouse.engine.worker import run_stage
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "PipelineRunner",
     "Runner",
     "SamplingParams",
+    "SpeculationConfig",
     "TokenLogprobs",
     "run_stage",
 ]
