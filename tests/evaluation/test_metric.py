@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from powerhouse.errors import InputError
 from powerhouse.evaluation.labels import Accuracy, AnswerF1
 from powerhouse.evaluation.metric import Pair, Part, make_pairs, merge
+from powerhouse.evaluation.metrics import AnyMetric
 from powerhouse.evaluation.score import resample, total
 
 PAIRS = make_pairs(["a b", "b", "", "c d e", "a"] * 8, ["a b c", "b", "c", ["c d", "e d c"], "b"] * 8)
+NAMES = {"accuracy", "exact_match", "answer_f1", "label_f1", "bleu", "rouge", "meteor", "bertscore"}
+FURTHER = {"label_f1": {"labels": ["a", "b"]}}
 
 
 @settings(max_examples=20)
@@ -95,3 +102,22 @@ def test_bad_input_is_one_clear_error(call: object, message: str) -> None:
     with pytest.raises(InputError) as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_the_guides_example_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+
+    exec(example, {})
+
+    score, comparison = capsys.readouterr().out.splitlines()
+    assert re.match(r"value=63\.98\d+ interval=\(\S+, 100\.0\) n=2 signature='metric:bleu\|", score)
+    assert "p_value=" in comparison
+
+
+def test_every_metric_has_a_line_in_the_guide_and_a_place_in_a_task() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `[^|]*\|", page, flags=re.MULTILINE))))
+    read = TypeAdapter(AnyMetric)
+
+    assert {name for name in names if read.validate_python({"metric": name} | FURTHER.get(name, {})).metric == name} == NAMES

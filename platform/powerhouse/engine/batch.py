@@ -14,8 +14,7 @@ import msgpack
 
 from powerhouse.engine.logprobs import RowScoring, TokenLogprobs
 from powerhouse.engine.request import Request
-from powerhouse.engine.rows import row_sampling
-from powerhouse.engine.sampler import RowSampling
+from powerhouse.engine.sampler import RowSampling, draw_uniform
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ForwardBatch:
     @classmethod
     def from_bytes(cls, data: bytes) -> ForwardBatch:
         batch = cls(*msgpack.unpackb(data, use_list=False))
-        sampling = tuple(RowSampling.from_wire(row) for row in batch.sampling)
+        sampling = tuple(RowSampling(*row) for row in batch.sampling)
         return dataclasses.replace(batch, sampling=sampling, scoring=tuple(RowScoring(*row) for row in batch.scoring))
 
 
@@ -72,25 +71,22 @@ class BatchResult(NamedTuple):
 
 
 def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatch:
-    """Lay out the scheduled tokens; a request whose last token is among them gets a new one, and one after each guess."""
+    """Lay out the scheduled tokens; a request whose last token is among them gets a new one."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    tables: list[tuple[int, ...]] = []
-    rows: list[int] = []
-    sampling: list[RowSampling] = []
+    tables, rows, sampling = [], [], []
     scoring: list[RowScoring] = []
     for request, num_tokens in scheduled.items():
         start, stop = request.num_computed, request.num_computed + num_tokens
         scoring += _row_scoring(request, num_tokens, len(token_ids) - start)
-        token_ids += [*request.token_ids[start:stop], *request.draft]
+        token_ids += request.token_ids[start:stop]
         positions += range(start, stop)
         slots += (request.blocks[i // block_size] * block_size + i % block_size for i in range(start, stop))
         tables.append(tuple(request.blocks[: -(-stop // block_size)]))
         if will_sample(request, num_tokens):
-            num_guesses = len(request.draft)
-            rows += range(len(token_ids) - 1 - num_guesses, len(token_ids))
-            sampling += [row_sampling(request, request.draft[:i]) for i in range(num_guesses + 1)]
+            rows.append(len(token_ids) - 1)
+            sampling.append(_row_sampling(request))
     return ForwardBatch(
         tuple(token_ids),
         tuple(positions),
@@ -104,7 +100,7 @@ def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatc
 
 
 def will_sample(request: Request, num_tokens: int) -> bool:
-    return request.num_to_compute == num_tokens and request.params.max_tokens > 0
+    return request.num_missing == num_tokens and request.params.max_tokens > 0
 
 
 def scored_places(request: Request, num_tokens: int) -> range:
@@ -119,3 +115,9 @@ def _row_scoring(request: Request, num_tokens: int, offset: int) -> list[RowScor
     num_top = request.params.prompt_logprobs or 0
     places = scored_places(request, num_tokens)
     return [RowScoring(offset + place - 1, request.token_ids[place], num_top) for place in places]
+
+
+def _row_sampling(request: Request) -> RowSampling:
+    params = request.params
+    uniform = draw_uniform(request.seed, request.num_output_tokens)
+    return RowSampling(float(params.temperature), params.top_k, float(params.top_p), uniform, params.logprobs)

@@ -45,10 +45,7 @@ class Bleu(Metric):
         _, reference_length = min((abs(len(words) - len(tokens)), len(tokens)) for tokens in references)
         hits = [0] * self.max_order
         for order in range(1, self.max_order + 1):
-            wanted = ngrams(references[0], order)
-            for tokens in references[1:]:
-                wanted |= ngrams(tokens, order)
-            hits[order - 1] = num_shared(ngrams(words, order), wanted)
+            hits[order - 1] = num_shared(ngrams(words, order), *(ngrams(tokens, order) for tokens in references))
             if not hits[order - 1]:
                 break  # nor is a longer one shared
         return [len(words), reference_length, *hits, *(max(len(words) - order, 0) for order in range(self.max_order))]

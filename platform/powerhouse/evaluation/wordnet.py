@@ -86,7 +86,10 @@ class WordNet:
     def _words_at(self, part: str, offset: int) -> Iterator[str]:
         """The synonym set at that byte: offset, file, type, number of words (hexadecimal), then each with its sense."""
         data = self._data[part]
-        fields = data[offset : data.index(b"\n", offset)].decode("utf-8").split(" ")
+        fields = data[offset : data.find(b"\n", offset)].decode("utf-8").split(" ")
+        if fields[0] != f"{offset:08d}":
+            what = f"{self.folder}: index.{part} and data.{part} do not belong together"
+            raise InputError(what, got=f"no synonyms at byte {offset}", do="install WordNet again")
         for name in fields[4 : 4 + 2 * int(fields[3], 16) : 2]:
             if "_" not in name:
                 yield name.partition("(")[0]  # an adjective may say where it stands: alive(p)

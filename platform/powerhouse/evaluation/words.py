@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
-from typing import Literal
+from itertools import chain
+from typing import Literal, TypeVar
 
 import sacrebleu
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
@@ -17,6 +18,8 @@ from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 TokenizerName = Literal["13a", "intl", "char", "zh", "none"]
 """sacrebleu's: mteval-v13a (the default of WMT), mteval-v14 for any script, characters, Chinese, and white space alone."""
+Gram = TypeVar("Gram", str, tuple[str, ...])
+
 TOKENIZER_VERSION = sacrebleu.__version__
 STEMMER_VERSION = f"porter,nltk-{version('nltk')}"
 
@@ -52,13 +55,18 @@ def stem(word: str) -> str:
     return _stemmer()(word)
 
 
-def ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
+def ngrams(tokens: Sequence[str], order: int) -> list[tuple[str, ...]]:
+    return list(zip(*(tokens[start:] for start in range(order)), strict=False))
 
 
-def num_shared(one: Counter[tuple[str, ...]], other: Counter[tuple[str, ...]]) -> int:
-    """Of the n-grams of both, each as often as in the one that has fewer of it."""
-    return sum(min(one[gram], other[gram]) for gram in one.keys() & other.keys())
+def num_shared(grams: Sequence[Gram], *others: Sequence[Gram]) -> int:
+    """Of the n-grams of both, each as often as in the one that has fewer of it; of several others, the one with the most."""
+    kinds = set(grams)
+    shared = kinds.intersection(*others) if len(others) == 1 else kinds.intersection(chain.from_iterable(others))
+    if len(kinds) == len(grams):
+        return len(shared)  # counting costs three times as much, and few sentences repeat a phrase
+    counts, wanted = Counter(grams), [Counter(other) for other in others]
+    return sum(min(counts[gram], max(other[gram] for other in wanted)) for gram in shared)
 
 
 def common_rows(rows: Sequence[str], columns: Sequence[str]) -> list[int]:
