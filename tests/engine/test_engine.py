@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from answering import run
 from fakes import write_tiny_model
-from powerhouse.engine import Completion, Engine, EngineConfig, Output, SamplingParams
+from powerhouse.engine import Engine, EngineConfig, SamplingParams
 from powerhouse.errors import ConfigError, ModelFormatError, QueueFullError, RequestError
 from powerhouse.models.generate import GenerationConfig, generate
 from powerhouse.models.hub import load_decoder
@@ -22,35 +21,6 @@ PROMPTS = [[5, 6, 7], [8] * 21, [250, 3, 99, 4, 17, 2], [42], list(range(40, 71)
 SEEDED = SamplingParams(max_tokens=12, temperature=1.2, top_k=50, top_p=0.95, seed=11, ignore_eos=True)
 
 MakeEngine = Callable[..., Engine]
-Texts = dict[str, Completion]
-
-
-def run(
-    engine: Engine, requests: Sequence[tuple[Sequence[int], SamplingParams]], aborts: dict[int, int] | None = None
-) -> Texts:
-    """All requests at once, request i aborted before step aborts[i]; each has ended exactly once and no block is held."""
-    pieces: dict[str, list[Output]] = {}
-    for i, (prompt, params) in enumerate(requests):
-        pieces[engine.add_request(prompt, params, str(i))] = []
-    step = 0
-    while engine.has_unfinished:
-        for i in [i for i, at in (aborts or {}).items() if at == step]:
-            engine.abort(str(i))
-        for output in engine.step():
-            pieces[output.request_id].append(output)
-        step += 1
-        assert step < 10_000, "the engine goes on for ever"
-    assert engine.stats()["kv_cache_usage"] == engine.stats()["num_running"] == engine.stats()["num_waiting"] == 0
-    return {name: join(outputs) for name, outputs in pieces.items()}
-
-
-def join(outputs: list[Output]) -> Completion:
-    ends = [output.finish_reason for output in outputs if output.finish_reason]
-    assert len(ends) == 1, f"ended {len(ends)} times"
-    assert outputs[-1].finish_reason == ends[0], "nothing comes after the end"
-    token_ids = tuple(token for output in outputs for token in output.token_ids)
-    assert outputs[-1].num_output_tokens == len(token_ids)
-    return Completion("".join(output.text for output in outputs), token_ids, ends[0], outputs[-1].num_prompt_tokens)
 
 
 def test_batched_greedy_is_the_plain_dense_loop(
@@ -89,50 +59,6 @@ def test_a_preempted_request_gives_what_an_undisturbed_one_gives(make_engine: Ma
     tight = make_engine(block_size=4, num_blocks=11)
     assert list(tight.generate(PROMPTS, params)) == undisturbed
     assert tight.stats()["num_preemptions"] > 0
-
-
-Params = st.builds(
-    SamplingParams,
-    max_tokens=st.integers(1, 12),
-    temperature=st.sampled_from([0.0, 0.8, 1.5]),
-    top_k=st.none() | st.integers(1, 300),
-    top_p=st.sampled_from([0.5, 0.9, 1.0]),
-    seed=st.integers(0, 3),
-    stop=st.sampled_from([(), ("a",), ("e", "th")]),
-    ignore_eos=st.booleans(),
-)
-Requests = st.lists(st.tuples(st.lists(st.integers(0, 299), min_size=1, max_size=20), Params), min_size=1, max_size=8)
-Settings = st.fixed_dictionaries(
-    {
-        "num_slots": st.integers(1, 4),
-        "block_size": st.sampled_from([1, 3, 8]),
-        "num_blocks": st.sampled_from([32, 40, 100]),
-        "max_num_seqs": st.integers(1, 6),
-        "max_num_batched_tokens": st.sampled_from([6, 9, 64]),
-    }
-)
-
-
-@settings(max_examples=25)
-@given(Requests, Settings, st.dictionaries(st.integers(0, 7), st.integers(0, 20), max_size=4))
-def test_any_mix_on_any_engine_gives_what_each_request_gives_alone(
-    make_engine: MakeEngine,
-    requests: list[tuple[list[int], SamplingParams]],
-    engine_settings: dict[str, int],
-    aborts: dict[int, int],
-) -> None:
-    """Whatever is chunked, pre-empted, in flight or aborted beside it."""
-    together = run(make_engine(**engine_settings), requests, aborts)
-    plain = make_engine()
-    for i, (prompt, params) in enumerate(requests):
-        (alone,) = plain.generate([prompt], params)
-        found = together[str(i)]
-        if found.finish_reason == "abort":
-            assert i in aborts
-            assert alone.token_ids[: len(found.token_ids)] == found.token_ids
-            assert alone.text.startswith(found.text)
-        else:
-            assert found == alone
 
 
 def test_an_abort_disturbs_nobody_and_is_told_once(make_engine: MakeEngine) -> None:
@@ -208,6 +134,60 @@ def test_a_generator_left_early_leaves_nothing_behind(make_engine: MakeEngine) -
     assert next(engine.generate(PROMPTS, GREEDY)) == first
 
 
+def test_n_answers_are_those_of_n_seeds_and_share_the_prompt(make_engine: MakeEngine) -> None:
+    engine = make_engine(block_size=4)
+    texts = list(engine.generate([PROMPTS[4]], replace(SEEDED, n=4)))
+    assert [text.index for text in texts] == [0, 1, 2, 3]
+    assert len({text.token_ids for text in texts}) == 4
+    (first,) = engine.generate([PROMPTS[4]], SEEDED)
+    assert texts[0] == first
+    assert engine.stats()["prefix_cache_hits"] >= 3 * 28, "31 tokens are 7 blocks of 4 and a rest"
+
+
+def test_a_prompt_that_was_answered_is_not_computed_again(make_engine: MakeEngine) -> None:
+    engine = make_engine(block_size=4)
+    cold = run(engine, [(PROMPTS[4], GREEDY)])
+    assert (engine.stats()["prefix_cache_queries"], engine.stats()["prefix_cache_hits"]) == (31, 0)
+    engine.add_request(PROMPTS[4], replace(GREEDY, max_tokens=1))
+    assert [output.num_cached_tokens for output in engine.step()] == [28]
+    assert (engine.stats()["prefix_cache_queries"], engine.stats()["prefix_cache_hits"]) == (62, 28)
+    assert run(engine, [(PROMPTS[4], GREEDY)]) == cold
+    assert engine.stats()["kv_cache_usage"] == 0
+
+
+def test_a_prompt_in_the_cache_is_computed_again_where_it_is_to_be_scored(make_engine: MakeEngine) -> None:
+    engine = make_engine(block_size=4)
+    params = replace(GREEDY, prompt_logprobs=0)
+    (cold,) = engine.generate([PROMPTS[4]], params)
+    (warm,) = engine.generate([PROMPTS[4]], params)
+    assert cold == warm
+    assert warm.prompt_logprobs is not None
+    assert len(warm.prompt_logprobs) == 31
+
+
+def test_of_those_that_wait_the_smallest_priority_goes_first(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_seqs=1)
+    for name, priority in {"first": 0, "low": 5, "high": -1, "middle": 0}.items():
+        engine.add_request(PROMPTS[0], GREEDY, name, priority)
+    ends = []
+    while engine.has_unfinished:
+        ends += [output.request_id for output in engine.step() if output.is_last]
+    assert ends == ["high", "first", "middle", "low"]
+
+
+def test_no_end_comes_before_the_least_number_of_tokens(make_engine: MakeEngine) -> None:
+    (free,) = make_engine().generate([PROMPTS[0]], GREEDY)
+    ends = replace(GREEDY, stop_token_ids=tuple(set(free.token_ids)))
+    (at_once,) = make_engine().generate([PROMPTS[0]], ends)
+    assert (len(at_once.token_ids), at_once.text, at_once.finish_reason) == (1, "", "stop")
+    (late,) = make_engine().generate([PROMPTS[0]], replace(ends, min_tokens=5))
+    assert not set(late.token_ids[:4]) & set(free.token_ids), "they cannot be chosen yet"
+    assert len(late.token_ids) >= 5
+    stop = tuple(free.text[:3])
+    (whole,) = make_engine().generate([PROMPTS[0]], replace(GREEDY, stop=stop, min_tokens=12))
+    assert whole.text[:-1] == free.text[: len(whole.text) - 1]
+
+
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "error", "message"),
     [
@@ -239,6 +219,23 @@ def test_what_can_never_be_served_is_refused_and_the_others_go_on(
         engine.add_request(prompt, SamplingParams(max_tokens=max_tokens), "bad")
     while engine.has_unfinished:
         assert {output.request_id for output in engine.step()} == {"good"}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"logit_bias": {300: 1.0}}, "logit_bias: a token id is outside the vocabulary\n  got: 300\n  allowed: 0 to 299"),
+        ({"stop_token_ids": (5, -1)}, "stop_token_ids: a token id is outside the vocabulary\n  got: -1"),
+        ({"n": 6}, "n is more than may be under way\n  got: 6\n  allowed: 1 to 5"),
+    ],
+)
+def test_parameters_that_do_not_suit_the_engine_are_refused(
+    make_engine: MakeEngine, params: dict[str, object], message: str
+) -> None:
+    engine = make_engine(max_num_seqs=2, max_waiting_requests=3)
+    with pytest.raises(RequestError, match=re.escape(message)):
+        engine.add_request([1], SamplingParams(**params))  # type: ignore[arg-type]
+    assert not engine.has_unfinished
 
 
 def test_the_largest_request_that_fits_is_served(make_engine: MakeEngine) -> None:

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers.generation import logits_process as peers
 
-from powerhouse.engine.sampler import RowSampling, draw_uniform, sample
+from powerhouse.engine.sampler import Penalties, RowSampling, distribution, draw_uniform, sample, seed_of
 
 LOGITS_V = torch.tensor([1.0, 3.0, 2.0, 0.0, 2.5])
 NUM_DRAWS = 2000
@@ -74,3 +75,72 @@ def test_random_numbers_are_even_repeatable_and_differ_by_seed_and_place() -> No
     assert ((draws.histc(10, 0, 1) - 1000).abs() < 150).all()
     assert draws.unique().numel() > 9_990
     assert draw_uniform(3, 5) == draw_uniform(3, 5)
+
+
+PROMPT, ANSWER = [7, 7, 30, 200], [9, 30, 9, 9, 41]
+WRITTEN = ((9, 3), (30, 1), (41, 1))
+
+
+def penalties(repetition: float, presence: float = 0.0, frequency: float = 0.0) -> Penalties:
+    return Penalties(repetition, presence, frequency, tuple({*PROMPT, *ANSWER}), WRITTEN)
+
+
+@pytest.mark.parametrize(
+    ("settings", "processors"),
+    [
+        ({"min_p": 0.1}, [peers.MinPLogitsWarper(0.1)]),
+        (
+            {"temperature": 0.6, "min_p": 0.02, "top_k": 12, "top_p": 0.8},
+            [
+                peers.TemperatureLogitsWarper(0.6),
+                peers.MinPLogitsWarper(0.02),
+                peers.TopKLogitsWarper(12),
+                peers.TopPLogitsWarper(0.8),
+            ],
+        ),
+        ({"penalties": penalties(1.7)}, [peers.RepetitionPenaltyLogitsProcessor(1.7)]),
+        ({"penalties": penalties(0.6)}, [peers.RepetitionPenaltyLogitsProcessor(0.6)]),
+        ({"bias": ((3, 4.5), (9, -100.0))}, [peers.SequenceBiasLogitsProcessor({(3,): 4.5, (9,): -100.0})]),
+        (
+            {"bias": ((0, float("-inf")), (4, float("-inf")))},
+            [peers.MinNewTokensLengthLogitsProcessor(len(PROMPT), len(ANSWER) + 1, [0, 4])],
+        ),
+        (
+            {"bias": ((9, 2.0),), "penalties": penalties(1.3), "temperature": 1.4, "top_k": 50},
+            [
+                peers.SequenceBiasLogitsProcessor({(9,): 2.0}),
+                peers.RepetitionPenaltyLogitsProcessor(1.3),
+                peers.TemperatureLogitsWarper(1.4),
+                peers.TopKLogitsWarper(50),
+            ],
+        ),
+    ],
+    ids=["min-p", "all filters", "repetition", "repetition below 1", "bias", "no end yet", "bias and penalty"],
+)
+def test_the_distribution_is_that_of_transformers(settings: dict[str, object], processors: list[peers.LogitsProcessor]) -> None:
+    logits_BV = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)) * 3
+    row = RowSampling(**({"temperature": 1.0, "top_k": None, "top_p": 1.0, "uniform": 0.0} | settings))  # type: ignore[arg-type]
+    expected_BV = peers.LogitsProcessorList(processors)(torch.tensor([PROMPT + ANSWER] * 3), logits_BV.clone())
+    torch.testing.assert_close(distribution(logits_BV, [row] * 3), expected_BV.softmax(-1).double(), rtol=1e-5, atol=1e-7)
+
+
+def test_presence_is_taken_off_once_and_frequency_once_for_each_time() -> None:
+    logits_BV = torch.randn(1, 300, generator=torch.Generator().manual_seed(1))
+    expected_V = logits_BV[0].clone()
+    for token_id, count in Counter(ANSWER).items():
+        expected_V[token_id] -= 0.5 + 0.25 * count
+    row = RowSampling(1.0, None, 1.0, 0.0, penalties=penalties(1.0, 0.5, 0.25))
+    torch.testing.assert_close(distribution(logits_BV, [row])[0], expected_V.softmax(-1).double(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_row_with_a_bias_changes_no_other_row_nor_the_logits() -> None:
+    logits_BV = LOGITS_V.repeat(2, 1)
+    greedy = RowSampling(0.0, None, 1.0, 0.0)
+    assert sample(logits_BV, [greedy, greedy._replace(bias=((0, 99.0),))]) == [1, 0]
+    assert torch.equal(logits_BV, LOGITS_V.repeat(2, 1))
+
+
+def test_answers_to_one_prompt_have_seeds_of_their_own_and_the_first_has_the_requests() -> None:
+    seeds = [seed_of(seed, index) for seed in range(20) for index in range(20)]
+    assert len(set(seeds)) == 400
+    assert [seed_of(seed, 0) for seed in range(20)] == list(range(20))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 
 from fakes import tiny_tokenizer
@@ -10,14 +12,15 @@ from powerhouse.engine.request import Request
 from powerhouse.engine.scheduler import Schedule, Scheduler
 
 TOKENIZER = tiny_tokenizer()
+ARRIVALS = count()
 
 
 def make_scheduler(num_blocks: int = 100, seqs: int = 8, tokens: int = 16, num_slots: int = 1) -> Scheduler:
     return Scheduler(BlockPool(num_blocks, block_size=4), seqs, tokens, num_slots)
 
 
-def add(scheduler: Scheduler, name: str, num_tokens: int) -> Request:
-    request = Request(name, [1] * num_tokens, SamplingParams(), 0, TextStream(TOKENIZER))
+def add(scheduler: Scheduler, name: str, num_tokens: int, priority: int = 0) -> Request:
+    request = Request(name, [1] * num_tokens, SamplingParams(), 0, TextStream(TOKENIZER), rank=(priority, next(ARRIVALS)))
     scheduler.add(request)
     return request
 

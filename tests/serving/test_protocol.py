@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from powerhouse.engine import SamplingParams
+from powerhouse.engine import Constraint, SamplingParams
+from powerhouse.errors import RequestError
 from powerhouse.serving.protocol import ChatRequest, CompletionRequest, TokenizeRequest, explain
 
 WHOLE: dict[str, Any] = {"model": "demo", "prompt": "It was"}
@@ -21,6 +22,29 @@ def test_what_is_given_reaches_the_engine() -> None:
     given = {"max_tokens": 3, "temperature": 0, "top_p": 0.5, "top_k": 7, "seed": 9, "ignore_eos": True}
     assert CompletionRequest(**WHOLE, **given, stop="x").sampling_params == SamplingParams(**given, stop=("x",))
     assert CompletionRequest(**WHOLE, stop=["x", "y"]).sampling_params.stop == ("x", "y")
+    penalties = {"presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.1, "min_p": 0.1, "min_tokens": 2}
+    assert CompletionRequest(**WHOLE, **penalties).sampling_params == SamplingParams(**penalties)
+    ids = {"logit_bias": {"50": -100, "7": 1.5}, "stop_token_ids": [3, 4]}
+    expected = SamplingParams(logit_bias={50: -100, 7: 1.5}, stop_token_ids=(3, 4))
+    assert CompletionRequest.model_validate(WHOLE | ids).sampling_params == expected
+
+
+def test_a_form_of_the_answer_is_asked_for_in_openais_way_or_in_vllms() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    by_schema = Constraint.by_json_schema(schema)
+    openai = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    for asked, expected in [
+        ({"response_format": openai}, by_schema),
+        ({"response_format": {"type": "json_object"}}, Constraint.by_json_schema({"type": "object"})),
+        ({"response_format": {"type": "text"}}, None),
+        ({"structured_outputs": {"json": schema}}, by_schema),
+        ({"structured_outputs": {"regex": "[ab]"}}, Constraint.by_regex("[ab]")),
+        ({"structured_outputs": {"choice": ["x", "y"]}}, Constraint.by_choice(["x", "y"])),
+    ]:
+        assert CompletionRequest.model_validate(WHOLE | asked).sampling_params.constraint == expected
+    both = {"response_format": openai, "structured_outputs": {"regex": "[ab]"}}
+    with pytest.raises(RequestError, match="two forms of the answer are asked for"):
+        _ = CompletionRequest.model_validate(WHOLE | both).sampling_params
 
 
 def test_known_fields_that_ask_for_nothing_are_taken() -> None:
@@ -55,7 +79,18 @@ def test_known_fields_that_ask_for_nothing_are_taken() -> None:
         ({"n": 2}, "n", "n: got 2; allowed: 1"),
         ({"echo": 1}, "echo", "echo: got 1; allowed: boolean"),
         ({"logprobs": True}, "logprobs", "logprobs: got True; allowed: integer"),
-        ({"presence_penalty": 1.5}, "presence_penalty", "presence_penalty: got 1.5; allowed: less than or equal to 0"),
+        ({"presence_penalty": "1"}, "presence_penalty", "presence_penalty: got '1'; allowed: number"),
+        ({"logit_bias": {"50": "1"}}, "logit_bias.50", "logit_bias.50: got '1'; allowed: number"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format",
+            "response_format: got {'type': 'json_schema'}; allowed: json_schema with the type json_schema, and with no other",
+        ),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs",
+            "structured_outputs: got {'regex': 'a', 'choice': ['b']}; allowed: one of json, regex and choice",
+        ),
         ({"stream_options": {"usage": True}}, "stream_options.usage", "stream_options.usage: unknown field"),
     ],
 )

@@ -1,14 +1,18 @@
 """Inference: requests in, tokens out. No Ray, no HTTP."""
 
-from powerhouse.engine.engine import Completion, Engine
+from powerhouse.engine.completion import Completion
+from powerhouse.engine.constraint import Constraint
+from powerhouse.engine.engine import Engine
 from powerhouse.engine.logprobs import TokenLogprobs
-from powerhouse.engine.request import Output, SamplingParams
+from powerhouse.engine.params import SamplingParams
+from powerhouse.engine.request import Output
 from powerhouse.engine.runner import LocalRunner, PipelineRunner, Runner
-from powerhouse.engine.settings import EngineConfig
+from powerhouse.engine.settings import EngineConfig, SpeculationConfig
 from powerhouse.engine.worker import run_stage
 
 __all__ = [
     "Completion",
+    "Constraint",
     "Engine",
     "EngineConfig",
     "LocalRunner",
@@ -16,6 +20,7 @@ __all__ = [
     "PipelineRunner",
     "Runner",
     "SamplingParams",
+    "SpeculationConfig",
     "TokenLogprobs",
     "run_stage",
 ]

@@ -14,7 +14,8 @@ import msgpack
 
 from powerhouse.engine.logprobs import RowScoring, TokenLogprobs
 from powerhouse.engine.request import Request
-from powerhouse.engine.sampler import RowSampling, draw_uniform
+from powerhouse.engine.rows import row_sampling
+from powerhouse.engine.sampler import RowSampling
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ForwardBatch:
     @classmethod
     def from_bytes(cls, data: bytes) -> ForwardBatch:
         batch = cls(*msgpack.unpackb(data, use_list=False))
-        sampling = tuple(RowSampling(*row) for row in batch.sampling)
+        sampling = tuple(RowSampling.from_wire(row) for row in batch.sampling)
         return dataclasses.replace(batch, sampling=sampling, scoring=tuple(RowScoring(*row) for row in batch.scoring))
 
 
@@ -71,22 +72,25 @@ class BatchResult(NamedTuple):
 
 
 def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatch:
-    """Lay out the scheduled tokens; a request whose last token is among them gets a new one."""
+    """Lay out the scheduled tokens; a request whose last token is among them gets a new one, and one after each guess."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    tables, rows, sampling = [], [], []
+    tables: list[tuple[int, ...]] = []
+    rows: list[int] = []
+    sampling: list[RowSampling] = []
     scoring: list[RowScoring] = []
     for request, num_tokens in scheduled.items():
         start, stop = request.num_computed, request.num_computed + num_tokens
         scoring += _row_scoring(request, num_tokens, len(token_ids) - start)
-        token_ids += request.token_ids[start:stop]
+        token_ids += [*request.token_ids[start:stop], *request.draft]
         positions += range(start, stop)
         slots += (request.blocks[i // block_size] * block_size + i % block_size for i in range(start, stop))
         tables.append(tuple(request.blocks[: -(-stop // block_size)]))
         if will_sample(request, num_tokens):
-            rows.append(len(token_ids) - 1)
-            sampling.append(_row_sampling(request))
+            num_guesses = len(request.draft)
+            rows += range(len(token_ids) - 1 - num_guesses, len(token_ids))
+            sampling += [row_sampling(request, request.draft[:i]) for i in range(num_guesses + 1)]
     return ForwardBatch(
         tuple(token_ids),
         tuple(positions),
@@ -100,7 +104,7 @@ def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatc
 
 
 def will_sample(request: Request, num_tokens: int) -> bool:
-    return request.num_missing == num_tokens and request.params.max_tokens > 0
+    return request.num_to_compute == num_tokens and request.params.max_tokens > 0
 
 
 def scored_places(request: Request, num_tokens: int) -> range:
@@ -115,9 +119,3 @@ def _row_scoring(request: Request, num_tokens: int, offset: int) -> list[RowScor
     num_top = request.params.prompt_logprobs or 0
     places = scored_places(request, num_tokens)
     return [RowScoring(offset + place - 1, request.token_ids[place], num_top) for place in places]
-
-
-def _row_sampling(request: Request) -> RowSampling:
-    params = request.params
-    uniform = draw_uniform(request.seed, request.num_output_tokens)
-    return RowSampling(float(params.temperature), params.top_k, float(params.top_p), uniform, params.logprobs)

@@ -26,9 +26,10 @@ class TextStream:
         self._held = ""
         self.is_stopped = False
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Take new tokens and return the text that is now certain."""
-        return self._until_stop(self._decode(token_ids))
+    def push(self, token_ids: Sequence[int], *, may_stop: bool = True) -> str:
+        """Take new tokens and return the text that is now certain; where it may not stop, no stop string is looked for."""
+        new = self._decode(token_ids)
+        return self._until_stop(new) if may_stop else new
 
     def finish(self) -> str:
         """Return the text held back for a stop string that did not come; a character that lacks bytes is left out."""

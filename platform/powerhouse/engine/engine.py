@@ -5,39 +5,30 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from powerhouse.engine.batch import BatchResult, make_batch, scored_places, will_sample
+from powerhouse.engine.completion import Completion
+from powerhouse.engine.constraint import Constrainer
 from powerhouse.engine.detokenizer import TextStream
-from powerhouse.engine.kv_cache import BlockPool
+from powerhouse.engine.kv_cache import BlockNames, BlockPool
 from powerhouse.engine.logprobs import TokenLogprobs
-from powerhouse.engine.request import FinishReason, Output, Request, SamplingParams
+from powerhouse.engine.params import SamplingParams
+from powerhouse.engine.request import FinishReason, Output, Request
 from powerhouse.engine.runner import LocalRunner, Runner
+from powerhouse.engine.sampler import seed_of
 from powerhouse.engine.scheduler import Schedule, Scheduler
 from powerhouse.engine.settings import EngineConfig
+from powerhouse.engine.speculation import Speculator, make_speculator
 from powerhouse.engine.stage import Stage
-from powerhouse.errors import ConfigError, ModelFormatError, QueueFullError, RequestError
+from powerhouse.engine.submission import check_model, check_request
+from powerhouse.errors import ConfigError, QueueFullError, RequestError
 from powerhouse.models.decoder import DecoderConfig
 from powerhouse.models.hub import read_config
 from powerhouse.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    num_prompt_tokens: int
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    """One for each token, if asked for."""
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    """One for each token of the prompt, if asked for; the first is None."""
 
 
 class Engine:
@@ -48,35 +39,31 @@ class Engine:
         ModelFormatError: the tokenizer has more tokens than the model.
     """
 
-    def __init__(self, model_config: DecoderConfig, tokenizer: Tokenizer, config: EngineConfig, runner: Runner) -> None:
-        context = model_config.max_position_embeddings
-        if config.max_model_len and config.max_model_len > context:
-            raise ConfigError(
-                "max_model_len is beyond the model's context", got=config.max_model_len, allowed=f"1 to {context}"
-            )
-        if tokenizer.vocab_size > model_config.vocab_size:
-            raise ModelFormatError(
-                "the tokenizer has more tokens than the model", got=tokenizer.vocab_size, allowed=model_config.vocab_size
-            )
-        scaling, longest = model_config.rope_scaling, config.max_model_len or context
-        if scaling and scaling.kind == "dynamic" and longest > (scaling.original_context or longest):
-            raise ConfigError(
-                "dynamic rope scaling turns all of a batch by its longest request",
-                got=f"max_model_len={longest}",
-                allowed=f"1 to {scaling.original_context}, where it changes nothing",
-            )
+    def __init__(
+        self,
+        model_config: DecoderConfig,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        runner: Runner,
+        speculator: Speculator | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self._end_of_text_id = tokenizer.end_of_text_id
         self._config = config
         self._runner = runner
-        self.max_model_len = longest
+        self.max_model_len = check_model(model_config, tokenizer, config)
         self._vocab_size = model_config.vocab_size
         self._pool = BlockPool(config.num_blocks, config.block_size)
         self._scheduler = Scheduler(self._pool, config.max_num_seqs, config.max_num_batched_tokens, runner.num_slots)
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, list[Request]] = {}
+        """Answers that have not ended, by request."""
         self._in_flight: deque[Schedule] = deque()
         self._outputs: list[Output] = []
         self._num_added = 0
+        self._arrivals = count()
+        self._speculator = speculator or make_speculator(model_config, tokenizer, config)
+        self._num_guessed = self._num_guessed_right = 0
+        self._constrainer = Constrainer(tokenizer, model_config.vocab_size)
 
     @classmethod
     def from_directory(cls, path: Path | str, config: EngineConfig | None = None) -> Engine:
@@ -102,8 +89,10 @@ class Engine:
         """Whether there is anything left for `step`."""
         return bool(self._requests or self._in_flight or self._outputs)
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
-        """Queue a prompt, text or token ids, and return its id.
+    def add_request(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None, priority: int = 0
+    ) -> str:
+        """Queue a prompt, text or token ids, and return its id; of all that wait, the smallest priority goes first.
 
         Raises:
             RequestError: it can never be served, or its id is in use.
@@ -114,18 +103,37 @@ class Engine:
         request_id = request_id if request_id is not None else f"request-{self._num_added}"
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._refuse_what_cannot_be_served(request_id, ids, params)
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        request = Request(request_id, ids, params, seed, TextStream(self.tokenizer, params.stop))
-        self._requests[request_id] = request
-        self._scheduler.add(request)
+        self._requests[request_id] = self._make_requests(request_id, ids, params, priority)
+        for request in self._requests[request_id]:
+            self._scheduler.add(request)
         return request_id
+
+    def _make_requests(self, request_id: str, ids: list[int], params: SamplingParams, priority: int) -> list[Request]:
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        end_ids = frozenset(params.stop_token_ids) | (set() if params.ignore_eos else {self._end_of_text_id})
+        requests: list[Request] = []
+        for index in range(params.n):
+            request = Request(
+                request_id,
+                ids,
+                params,
+                seed_of(seed, index),
+                TextStream(self.tokenizer, params.stop),
+                index=index,
+                rank=(priority, next(self._arrivals)),
+                names=BlockNames(self._pool.block_size) if self._config.caches_prefixes else None,
+                leader=requests[0] if requests and self._config.caches_prefixes else None,
+                end_ids=end_ids,
+                matcher=self._constrainer.matcher(params.constraint) if params.constraint else None,
+            )
+            requests.append(request)
+        return requests
 
     def abort(self, request_id: str) -> None:
         """End a request; the next step tells it. One that has ended already, or never was, is no error."""
-        request = self._requests.get(request_id)
-        if request is not None:
+        for request in list(self._requests.get(request_id, ())):
             self._finish(request, "abort")
-            self._outputs.append(_output(request))
+            self._outputs.append(self._output(request))
 
     def step(self) -> list[Output]:
         """Keep the runner's slots full, and commit the oldest batch once they are.
@@ -133,8 +141,12 @@ class Engine:
         Raises:
             EngineError: a stage is lost; the engine can only be closed.
         """
+        if self._speculator:
+            self._speculator.plan(self._scheduler.running)
         scheduled = self._scheduler.schedule()
         if scheduled:
+            if self._speculator:
+                self._speculator.fill(scheduled)
             self._in_flight.append(scheduled)
             self._runner.submit(make_batch(scheduled, self._config.block_size))
         if self._in_flight and (not scheduled or len(self._in_flight) == self._runner.num_slots):
@@ -144,7 +156,7 @@ class Engine:
         return outputs
 
     def generate(self, prompts: Iterable[Prompt], params: SamplingParams | None = None) -> Iterator[Completion]:
-        """Answer every prompt, many at a time; the completions come in the order of the prompts.
+        """Answer every prompt, many at a time; the completions come in the order of the prompts, n for each.
 
         Raises:
             RequestError: a prompt can never be served; those before it that are not answered yet are aborted.
@@ -155,11 +167,11 @@ class Engine:
         try:
             while pieces or self._feed(waiting, params, pieces):
                 first = next(iter(pieces))
-                while not (pieces[first] and pieces[first][-1].finish_reason):
+                while not (pieces[first] and pieces[first][-1].is_last):
                     for output in self.step():
                         pieces[output.request_id].append(output)
                     self._feed(waiting, params, pieces)
-                yield _join(pieces.pop(first))
+                yield from Completion.join_all(pieces.pop(first))
         finally:
             for request_id in pieces:
                 self.abort(request_id)
@@ -167,12 +179,16 @@ class Engine:
                 self.step()
 
     def stats(self) -> dict[str, float]:
-        """Numbers for gauges, as of now; kv_cache_usage is the share of blocks held."""
+        """Numbers for gauges, as of now; kv_cache_usage is the share of blocks held, queries and hits are tokens."""
         return {
             "num_running": len(self._scheduler.running),
             "num_waiting": len(self._scheduler.waiting),
             "num_in_flight": len(self._in_flight),
             "num_preemptions": self._scheduler.num_preemptions,
+            "prefix_cache_queries": self._scheduler.num_looked_up,
+            "prefix_cache_hits": self._scheduler.num_found,
+            "num_guessed": self._num_guessed,
+            "num_guessed_right": self._num_guessed_right,
             "kv_cache_usage": 1 - self._pool.num_free / self._pool.num_blocks,
         }
 
@@ -182,37 +198,29 @@ class Engine:
     def _feed(self, waiting: Iterator[Prompt], params: SamplingParams | None, pieces: dict[str, list[Output]]) -> bool:
         """Queue prompts while there is room in the queue; whether there was one."""
         num_before = len(pieces)
-        while self._has_room and (prompt := next(waiting, None)) is not None:
+        while self._has_room(params.n if params else 1) and (prompt := next(waiting, None)) is not None:
             pieces[self.add_request(prompt, params)] = []
         return len(pieces) > num_before
 
     @property
-    def _has_room(self) -> bool:
+    def _num_under_way(self) -> int:
+        return len(self._scheduler.running) + len(self._scheduler.waiting)
+
+    def _has_room(self, num_answers: int) -> bool:
         """A burst into an idle engine waits only for the next step: free seats count as room."""
-        num_held = len(self._scheduler.running) + len(self._scheduler.waiting)
-        return num_held < self._config.max_num_seqs + self._config.max_waiting_requests
+        return self._num_under_way + num_answers <= self._config.max_num_seqs + self._config.max_waiting_requests
 
     def _refuse_what_cannot_be_served(self, request_id: str, ids: Sequence[int], params: SamplingParams) -> None:
         if request_id in self._requests:
             raise RequestError("the request id is in use", got=request_id, do="choose another, or none")
-        if not ids:
-            raise RequestError("the prompt is empty", allowed="at least one token")
-        if wrong := [item for item in ids if not (isinstance(item, int) and 0 <= item < self._vocab_size)]:
-            raise RequestError("a token id is outside the vocabulary", got=wrong[0], allowed=f"0 to {self._vocab_size - 1}")
-        got = f"{len(ids)} prompt tokens and max_tokens={params.max_tokens}"
-        if len(ids) + params.max_tokens > self.max_model_len:
-            raise RequestError(
-                "prompt and answer are longer than the context", got=got, allowed=f"{self.max_model_len} together"
-            )
-        # The last token is given out, and never attended to.
-        if self._pool.num_blocks_for(len(ids) + max(params.max_tokens, 1) - 1) > self._pool.num_blocks:
-            capacity = self._pool.num_blocks * self._pool.block_size
-            raise RequestError("the KV cache is too small for this request", got=got, allowed=f"{capacity + 1} together")
-        if not self._has_room:
-            seats, waiting = self._config.max_num_seqs, self._config.max_waiting_requests
+        check_request(ids, params, self._vocab_size, self.max_model_len, self._pool)
+        seats, waiting = self._config.max_num_seqs, self._config.max_waiting_requests
+        if params.n > seats + waiting:
+            raise RequestError("n is more than may be under way", got=params.n, allowed=f"1 to {seats + waiting}")
+        if not self._has_room(params.n):
             raise QueueFullError(
                 "too many requests wait",
-                got=f"{seats + waiting} under way",
+                got=f"{self._num_under_way} under way",
                 allowed=f"{waiting} waiting (max_waiting_requests) beside {seats} that compute (max_num_seqs)",
                 do="try later",
             )
@@ -224,62 +232,77 @@ class Engine:
         for request, num_tokens in scheduled.items():
             request.prompt_logprobs += islice(scored, len(scored_places(request, num_tokens)))
             if will_sample(request, num_tokens):
-                chosen[request] = next(tokens)
+                chosen[request] = list(islice(tokens, len(request.draft) + 1))
         self._scheduler.land(scheduled)
         for request in scheduled:
             if request.finish_reason is None and request in chosen:
-                self._append(request, *chosen[request])
+                self._extend(request, chosen[request])
             elif request.finish_reason is None and not request.num_missing:
                 self._finish(request, "length")
-                self._outputs.append(_output(request))
+                self._outputs.append(self._output(request))
 
-    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    def _extend(self, request: Request, chosen: Sequence[tuple[int, TokenLogprobs | None]]) -> None:
+        """Take the new token, and those after it while what was guessed before them is what was chosen."""
+        guesses, request.draft = request.draft, []
+        num_right = next((i for i, guess in enumerate(guesses) if guess != chosen[i][0]), len(guesses))
+        text, taken = "", []
+        for token_id, told in chosen[: num_right + 1]:
+            taken.append((token_id, told))
+            text += self._append(request, token_id)
+            if request.finish_reason:
+                break
+        request.num_computed += len(taken) - 1
+        self._num_guessed += len(guesses)
+        self._num_guessed_right += num_right
+        logprobs = tuple(told for _, told in taken if told)
+        self._outputs.append(self._output(request, tuple(token_id for token_id, _ in taken), text, logprobs or None))
+
+    def _append(self, request: Request, token_id: int) -> str:
         request.token_ids.append(token_id)
-        text = request.text.push([token_id])
-        if reason := self._reason_to_end(request, token_id):
+        may_stop = request.num_output_tokens >= request.params.min_tokens
+        is_end = may_stop and token_id in request.end_ids
+        text = "" if is_end else request.text.push([token_id], may_stop=may_stop)
+        if request.matcher:
+            request.matcher.take(token_id)
+        if reason := _reason_to_end(request, is_end):
             text += request.text.finish()
             self._finish(request, reason)
-        self._outputs.append(_output(request, (token_id,), text, (logprobs,) if logprobs else None))
-
-    def _reason_to_end(self, request: Request, token_id: int) -> FinishReason | None:
-        is_end = token_id == self._end_of_text_id and not request.params.ignore_eos
-        if is_end or request.text.is_stopped:
-            return "stop"
-        return "length" if request.num_output_tokens == request.params.max_tokens else None
+        return text
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._scheduler.finish(request, reason)
-        del self._requests[request.request_id]
+        answers = self._requests[request.request_id]
+        answers.remove(request)
+        if not answers:
+            del self._requests[request.request_id]
+
+    def _output(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+    ) -> Output:
+        is_first = request.num_output_tokens == len(token_ids) and request.params.prompt_logprobs is not None
+        return Output(
+            request.request_id,
+            token_ids,
+            text,
+            request.finish_reason,
+            request.num_prompt_tokens,
+            request.num_output_tokens,
+            logprobs,
+            tuple(request.prompt_logprobs) if is_first else None,
+            request.index,
+            request.request_id not in self._requests,
+            request.num_cached,
+        )
 
 
-def _output(
-    request: Request, token_ids: tuple[int, ...] = (), text: str = "", logprobs: tuple[TokenLogprobs, ...] | None = None
-) -> Output:
-    num_new = request.num_output_tokens
-    is_first = num_new == len(token_ids) and request.params.prompt_logprobs is not None
-    prompt_logprobs = tuple(request.prompt_logprobs) if is_first else None
-    return Output(
-        request.request_id,
-        token_ids,
-        text,
-        request.finish_reason,
-        request.num_prompt_tokens,
-        num_new,
-        logprobs,
-        prompt_logprobs,
-    )
-
-
-def _join(outputs: Sequence[Output]) -> Completion:
-    last = outputs[-1]
-    assert last.finish_reason is not None, f"{last.request_id} has not ended"
-    token_ids = tuple(token_id for output in outputs for token_id in output.token_ids)
-    logprobs = tuple(item for output in outputs for item in output.logprobs or ())
-    return Completion(
-        "".join(output.text for output in outputs),
-        token_ids,
-        last.finish_reason,
-        last.num_prompt_tokens,
-        logprobs if any(output.logprobs is not None for output in outputs) else None,
-        outputs[0].prompt_logprobs,
-    )
+def _reason_to_end(request: Request, is_end: bool) -> FinishReason | None:
+    matcher = request.matcher
+    if is_end or request.text.is_stopped or (matcher and matcher.is_complete):
+        return "stop"
+    if matcher and matcher.error:
+        return "abort"
+    return "length" if request.num_output_tokens == request.params.max_tokens else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from powerhouse.engine.engine import Completion, Engine
-from powerhouse.engine.request import SamplingParams
+from powerhouse.engine.completion import Completion
+from powerhouse.engine.engine import Engine
+from powerhouse.engine.params import SamplingParams
 from powerhouse.engine.settings import EngineConfig
 from powerhouse.models.hub import read_config
 from powerhouse.tokenizer import Tokenizer

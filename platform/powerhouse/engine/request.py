@@ -1,79 +1,24 @@
-"""A request from the prompt to its last token: what the user asks for, what the engine knows of it, what it gives back."""
+"""A request from the prompt to its last token: what the engine knows of it, and what it gives back."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from powerhouse.engine.constraint import Matcher
 from powerhouse.engine.detokenizer import TextStream
-from powerhouse.engine.logprobs import MAX_NUM_TOP, TokenLogprobs
-from powerhouse.errors import RequestError
+from powerhouse.engine.kv_cache import BlockNames
+from powerhouse.engine.logprobs import TokenLogprobs
+from powerhouse.engine.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen and when to end.
-
-    Raises:
-        RequestError: a value is of the wrong type or out of range.
-    """
-
-    max_tokens: int = 16
-    """Most new tokens; 0 only reads the prompt, for its logprobs."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
-    top_k: int | None = None
-    """Only the k likeliest tokens; None is all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability, after top_k."""
-    seed: int | None = None
-    """The same seed gives the same tokens, whatever else is computed beside; None draws one for the request."""
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these."""
-    ignore_eos: bool = False
-    """Go on after the end-of-text token."""
-    logprobs: int | None = None
-    """Tell each new token's logprob, and that many of the likeliest in its place; None tells nothing."""
-    prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt."""
-
-    def __post_init__(self) -> None:
-        least = 1 if self.prompt_logprobs is None else 0
-        allowed = "a whole number above 0" if least else "a whole number, 0 or above"
-        _check("max_tokens", self.max_tokens, allowed, _is_int(self.max_tokens) and self.max_tokens >= least)
-        _check("temperature", self.temperature, "0 or above", _is_number(self.temperature) and self.temperature >= 0)
-        _check("top_p", self.top_p, "above 0, up to 1", _is_number(self.top_p) and 0 < self.top_p <= 1)
-        _check("top_k", self.top_k, "1 or above, or None", self.top_k is None or (_is_int(self.top_k) and self.top_k > 0))
-        _check("seed", self.seed, "0 or above, or None", self.seed is None or (_is_int(self.seed) and self.seed >= 0))
-        is_stop = isinstance(self.stop, tuple) and all(isinstance(item, str) and item for item in self.stop)
-        _check("stop", self.stop, "a tuple of non-empty strings", is_stop)
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            is_number = value is None or (_is_int(value) and 0 <= value <= MAX_NUM_TOP)
-            _check(name, value, f"0 to {MAX_NUM_TOP}, or None", is_number)
-        _check("ignore_eos", self.ignore_eos, "true or false", isinstance(self.ignore_eos, bool))
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check(name: str, value: object, allowed: str, is_allowed: bool) -> None:
-    if not is_allowed:
-        raise RequestError(f"{name} is out of range", got=repr(value), allowed=allowed)
+"""stop: an end token or string, or the end of a constraint. abort: asked for, or the constraint's library gave up."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one step added to one request; the last one of a request has a finish reason."""
+    """What one step added to one answer; the last one of an answer has a finish reason."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -88,25 +33,62 @@ class Output:
     """One for each of token_ids, if asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """One for each token of the prompt, if asked for, in the first output alone; nothing foretells the first token."""
+    index: int = 0
+    """Which of the request's n answers."""
+    is_last: bool = False
+    """Whether all answers have ended."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose keys and values were in the cache."""
 
 
 class Request:
-    """The engine's record of one request.
+    """The engine's record of one answer to a prompt.
 
     Prompt and output are one list of tokens. The first `num_computed` have their keys and values in `blocks`, the next
-    `num_in_flight` are in a batch on its way, and what is missing is `num_missing`: the whole prompt at first, one token
-    when decoding, everything again after a pre-emption. The scheduler needs no other notion of phases.
+    `num_in_flight` are in a batch on its way, and what is missing is `num_missing`: the whole prompt at first, less what
+    the prefix cache has; one token when decoding; everything again after a pre-emption. The scheduler needs no other notion
+    of phases.
     """
 
-    def __init__(self, request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int, text: TextStream) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        text: TextStream,
+        *,
+        index: int = 0,
+        rank: tuple[int, int] = (0, 0),
+        names: BlockNames | None = None,
+        leader: Request | None = None,
+        end_ids: frozenset[int] = frozenset(),
+        matcher: Matcher | None = None,
+    ) -> None:
         self.request_id = request_id
+        self.index = index
         self.params = params
         self.seed = seed
         self.text = text
+        self.rank = rank
+        """Priority and arrival: the smaller goes first."""
+        self.names = names
+        """Of its blocks in the prefix cache; None takes no part in it."""
+        self.leader = leader
+        """The first answer to the same prompt, whose blocks this one shares once they are computed."""
+        self.end_ids = end_ids
+        """Tokens that end it."""
+        self.matcher = matcher
+        """Of its constraint."""
         self.token_ids = list(prompt)
         self.num_prompt_tokens = len(prompt)
+        self.draft: list[int] = []
+        """Guesses of what comes next, which are computed with the text."""
         self.num_computed = 0
         self.num_in_flight = 0
+        self.num_cached = 0
+        self.num_named = 0
+        """Of its blocks, those that the prefix cache knows."""
         self.blocks: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
@@ -127,3 +109,26 @@ class Request:
     @property
     def is_in_flight(self) -> bool:
         return self.num_in_flight > 0
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether it waits for its leader to compute the prompt for both."""
+        leader = self.leader
+        return leader is not None and leader.finish_reason is None and leader.num_computed < self.num_prompt_tokens
+
+    @property
+    def reusable_names(self) -> list[bytes]:
+        """Of the blocks that need not be computed if the cache has them: one token always is, for what comes after it."""
+        is_scored = self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+        return [] if is_scored else self._names_within(self.num_tokens - 1)
+
+    @property
+    def computed_names(self) -> list[bytes]:
+        return self._names_within(self.num_computed)
+
+    @property
+    def num_to_compute(self) -> int:
+        return self.num_missing + len(self.draft)
+
+    def _names_within(self, num_tokens: int) -> list[bytes]:
+        return self.names.first(num_tokens // self.names.block_size, self.token_ids) if self.names else []

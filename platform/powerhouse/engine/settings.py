@@ -6,10 +6,21 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from powerhouse.config import Config
+from powerhouse.config import Config, StoragePath
 from powerhouse.device import DeviceName, DtypeName
 
 Quantization = Literal["int8", "int4", "int8_dynamic"]
+
+
+class SpeculationConfig(Config):
+    """Guesses of the next tokens, checked together: for a few requests at a time, whose steps wait for memory."""
+
+    num_tokens: int = Field(default=4, gt=0)
+    """Most tokens guessed at a time."""
+    model: StoragePath | None = None
+    """A smaller model with the same tokenizer that guesses; where left out, the text is expected to repeat itself."""
+    ngram: int = Field(default=3, gt=0)
+    """Last tokens that are looked up in the text before; without a model."""
 
 
 class EngineConfig(Config):
@@ -30,6 +41,8 @@ class EngineConfig(Config):
     """Tokens in a block of the KV cache."""
     num_blocks: int = Field(default=512, gt=0)
     """Blocks in the KV cache; its tokens are num_blocks x block_size, on every stage for that stage's layers."""
+    caches_prefixes: bool = True
+    """Keep the keys and values of what was computed until their room is needed, for requests that begin alike."""
     max_num_seqs: int = Field(default=32, gt=0)
     """Requests that compute at the same time, over all stages together."""
     max_num_batched_tokens: int = Field(default=512, gt=0)
@@ -38,6 +51,9 @@ class EngineConfig(Config):
     """Requests that may wait for their turn; one more is refused."""
     max_model_len: int | None = Field(default=None, gt=0)
     """Longest prompt and answer together, in tokens; the model's own context where left out."""
+
+    speculation: SpeculationConfig | None = None
+    """Guessing ahead; none where left out."""
 
     @model_validator(mode="after")
     def _every_request_decodes_each_step(self) -> EngineConfig:

@@ -120,7 +120,7 @@ class EngineLoop:
         if stream is None:  # aborted
             return
         self._record_output(stream, output)
-        if output.finish_reason is not None:
+        if output.is_last:
             del self._streams[output.request_id]
         stream.push(output)
 
@@ -181,7 +181,7 @@ class Stream:
         while not self._has_ended:
             item = await self._queue.get()
             assert item is not None, "a request is taken once"
-            self._has_ended = isinstance(item, Exception) or item.finish_reason is not None
+            self._has_ended = isinstance(item, Exception) or item.is_last
             if isinstance(item, Exception):
                 raise item
             yield item

@@ -2,27 +2,42 @@
 
 A field that is not known is refused, as OpenAI does: a misspelt `max_token` is an error and not a silent default. Known
 fields whose effect is not here are taken at the value that asks for nothing (n=1, tools=null, ...) and refused at any
-other. null means "not given". Beyond OpenAI, as vLLM has them: `top_k` and `ignore_eos`. `user` is taken and not used.
+other. null means "not given". Beyond OpenAI, as vLLM has them: `top_k`, `min_p`,
+`repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos` and `structured_outputs`. `user` is taken and not used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    Strict,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from powerhouse.engine import SamplingParams
+from powerhouse.engine import Constraint, SamplingParams
+from powerhouse.errors import RequestError
 
-_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos")
+_SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "ignore_eos",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 class _Body(BaseModel):
@@ -31,6 +46,52 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+
+
+class JsonSchema(_Body):
+    schema_: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_of_its_type(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema with the type json_schema, and with no other")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        if self.type == "text":
+            return None
+        return Constraint.by_json_schema(self.json_schema.schema_ if self.json_schema else {"type": "object"})
+
+
+class StructuredOutputs(_Body):
+    """vLLM's way to ask for a form."""
+
+    json_: dict[str, Any] | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> StructuredOutputs:
+        if sum(form is not None for form in (self.json_, self.regex, self.choice)) != 1:
+            raise ValueError("one of json, regex and choice")
+        return self
+
+    @property
+    def constraint(self) -> Constraint:
+        if self.json_ is not None:
+            return Constraint.by_json_schema(self.json_)
+        return Constraint.by_regex(self.regex) if self.regex is not None else Constraint.by_choice(self.choice or [])
 
 
 class _SampledRequest(_Body):
@@ -48,9 +109,15 @@ class _SampledRequest(_Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     n: Literal[1] | None = None
-    logit_bias: None = None
-    presence_penalty: float | None = Field(default=None, ge=0, le=0)
-    frequency_penalty: float | None = Field(default=None, ge=0, le=0)
+    logit_bias: dict[Annotated[int, Strict(False)], float] | None = None  # JSON's keys are strings
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -65,7 +132,16 @@ class _SampledRequest(_Body):
         """What was given, over the engine's own defaults."""
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(stop=stop, **given | more)
+        asked = [item.constraint for item in (self.response_format, self.structured_outputs) if item and item.constraint]
+        if len(asked) > 1:
+            raise RequestError("two forms of the answer are asked for", allowed="response_format or structured_outputs")
+        return SamplingParams(
+            stop=stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=self.logit_bias or {},
+            constraint=asked[0] if asked else None,
+            **given | more,
+        )
 
     @property
     def wants_usage_chunk(self) -> bool:
@@ -119,7 +195,6 @@ class ChatRequest(_SampledRequest):
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = None
     tools: None = None
-    response_format: None = None
     logprobs: Literal[False] | None = None
 
     def sampling_params_for(self, num_free: int) -> SamplingParams:
