@@ -19,6 +19,7 @@ import pytest
 
 from fakes import write_tiny_model
 from powerhouse.engine import Completion, Engine, EngineConfig, PipelineRunner, SamplingParams, run_stage
+from powerhouse.engine.runner import Bubbles
 from powerhouse.errors import EngineError
 from powerhouse.models.hub import read_config
 from powerhouse.tokenizer import Tokenizer
@@ -211,3 +212,26 @@ def test_both_planes_listen_on_the_given_address_only() -> None:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
     runner.close()
+
+
+def test_a_stages_bubble_is_the_share_of_the_time_under_way_in_which_it_did_not_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    bubbles = Bubbles(2)
+
+    bubbles.begin()
+    now_s = 4.0
+    bubbles.tell(0, 3.0)
+    bubbles.begin()
+    bubbles.end()
+    now_s = 10.0
+    bubbles.end()
+    now_s = 100.0  # nothing is under way
+    bubbles.tell(0, 6.0)
+    bubbles.tell(1, 10.0)
+    assert bubbles.shares == [0.5, 0.0]
+
+    bubbles.tell(1, 10.0)  # no time under way since
+    assert bubbles.shares == [0.5, 0.0]

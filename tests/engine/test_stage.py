@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,23 +9,8 @@ from fakes import write_tiny_model
 from powerhouse.engine import EngineConfig
 from powerhouse.engine.batch import ForwardBatch
 from powerhouse.engine.sampler import RowSampling
-from powerhouse.engine.stage import Stage, split_layers
-from powerhouse.errors import ConfigError, ModelFormatError
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "num_stages", "lengths"), [(4, 1, [4]), (4, 2, [2, 2]), (7, 3, [3, 2, 2]), (30, 4, [8, 8, 7, 7])]
-)
-def test_layers_are_cut_evenly_and_in_order(num_layers: int, num_stages: int, lengths: list[int]) -> None:
-    parts = split_layers(num_layers, num_stages)
-    assert [len(part) for part in parts] == lengths
-    assert [i for part in parts for i in part] == list(range(num_layers))
-
-
-def test_more_stages_than_layers_are_refused() -> None:
-    message = "more pipeline stages than layers\n  got: 5\n  allowed: 1 to 4\n  do: lower num_stages"
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        split_layers(4, 5)
+from powerhouse.engine.stage import Stage
+from powerhouse.errors import ModelFormatError
 
 
 def test_slices_after_each_other_are_the_whole(tmp_path: Path) -> None:
@@ -37,8 +21,8 @@ def test_slices_after_each_other_are_the_whole(tmp_path: Path) -> None:
     whole = Stage.load(directory, EngineConfig(block_size=4))
     expected_TC = whole.forward(batch)
     hidden_TC = None
-    for rank in range(4):
-        stage = Stage.load(directory, EngineConfig(block_size=4, num_stages=4), rank)
+    for layer in range(4):
+        stage = Stage.load(directory, EngineConfig(block_size=4), range(layer, layer + 1))
         hidden_TC = stage.forward(batch, hidden_TC)
     assert hidden_TC is not None
     torch.testing.assert_close(hidden_TC, expected_TC, rtol=0, atol=0)
@@ -46,7 +30,7 @@ def test_slices_after_each_other_are_the_whole(tmp_path: Path) -> None:
 
 
 def test_a_stage_holds_its_own_layers_only(tmp_path: Path) -> None:
-    stage = Stage.load(write_tiny_model(tmp_path), EngineConfig(num_stages=4), rank=1)
+    stage = Stage.load(write_tiny_model(tmp_path), EngineConfig(), range(1, 2))
     assert not stage.is_first
     assert not stage.is_last
     assert list(stage.decoder.blocks) == ["1"]

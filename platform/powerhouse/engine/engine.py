@@ -179,7 +179,11 @@ class Engine:
                 self.step()
 
     def stats(self) -> dict[str, float]:
-        """Numbers for gauges, as of now; kv_cache_usage is the share of blocks held, queries and hits are tokens."""
+        """Numbers for gauges, as of now.
+
+        kv_cache_usage is the share of blocks held; prefix_cache_queries and _hits are tokens; bubble_N is the share of the
+        time in which stage N waits for the others.
+        """
         return {
             "num_running": len(self._scheduler.running),
             "num_waiting": len(self._scheduler.waiting),
@@ -190,6 +194,7 @@ class Engine:
             "num_guessed": self._num_guessed,
             "num_guessed_right": self._num_guessed_right,
             "kv_cache_usage": 1 - self._pool.num_free / self._pool.num_blocks,
+            **{f"bubble_{stage}": share for stage, share in enumerate(self._runner.bubbles())},
         }
 
     def close(self) -> None:

@@ -40,6 +40,9 @@ class Runner(Protocol):
             EngineError: a stage is lost; nothing more can be computed.
         """
 
+    def bubbles(self) -> list[float]:
+        """Of each pipeline stage, the share of the last second's computing in which it waited for the others."""
+
     def close(self) -> None: ...
 
 
@@ -59,8 +62,40 @@ class LocalRunner:
         batch = self._submitted.popleft()
         return self._stage.sample(batch, self._stage.forward(batch))
 
+    def bubbles(self) -> list[float]:
+        return []
+
     def close(self) -> None:
         self._submitted.clear()
+
+
+class Bubbles:
+    """How long each stage waits while there is something to compute; where nothing is in flight, nobody waits in vain."""
+
+    def __init__(self, num_stages: int) -> None:
+        self.shares = [0.0] * num_stages
+        self._num_in_flight = 0
+        self._since_s = self._total_s = 0.0
+        self._told = [(0.0, 0.0)] * num_stages
+
+    def begin(self) -> None:
+        self._total_s, self._since_s = self._now_s(), time.monotonic()
+        self._num_in_flight += 1
+
+    def end(self) -> None:
+        self._total_s, self._since_s = self._now_s(), time.monotonic()
+        self._num_in_flight -= 1
+
+    def tell(self, rank: int, busy_s: float) -> None:
+        """Take what a stage says of the seconds that it has computed in all."""
+        total_s, (total_before_s, busy_before_s) = self._now_s(), self._told[rank]
+        if total_s > total_before_s:
+            share = 1 - (busy_s - busy_before_s) / (total_s - total_before_s)
+            self.shares[rank] = min(max(share, 0.0), 1.0)
+        self._told[rank] = total_s, busy_s
+
+    def _now_s(self) -> float:
+        return self._total_s + (time.monotonic() - self._since_s if self._num_in_flight else 0.0)
 
 
 class PipelineRunner:
@@ -79,6 +114,7 @@ class PipelineRunner:
         self._stages: dict[int, Connection] = {}
         self._ready: set[int] = set()
         self._results: deque[BatchResult] = deque()
+        self._bubbles = Bubbles(num_stages)
 
     @classmethod
     def listen(cls, num_stages: int, host: str = "127.0.0.1") -> PipelineRunner:
@@ -112,6 +148,7 @@ class PipelineRunner:
 
     def submit(self, batch: ForwardBatch) -> None:
         data = batch.to_bytes()
+        self._bubbles.begin()
         for rank, connection in self._stages.items():
             try:
                 connection.send_bytes(data)
@@ -123,7 +160,11 @@ class PipelineRunner:
             raise EngineError("the pipeline is closed", do="start the engine again")
         while not self._results:
             self._receive(wait(list(self._stages.values())))
+        self._bubbles.end()
         return self._results.popleft()
+
+    def bubbles(self) -> list[float]:
+        return list(self._bubbles.shares)
 
     def close(self) -> None:
         """Hang up, which ends the stages."""
@@ -157,6 +198,9 @@ class PipelineRunner:
                 raise EngineError(f"pipeline stage {rank} failed", got=value, do="start the engine again")
             if kind == "ready":
                 self._ready.add(rank)
+            elif kind == "busy":
+                assert isinstance(value, float), "seconds"
+                self._bubbles.tell(rank, value)
             else:
                 self._results.append(BatchResult.from_wire(value))
 

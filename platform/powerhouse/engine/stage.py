@@ -6,7 +6,6 @@ Shapes: T tokens, C model width, B rows that get a new token, S rows of a prompt
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,9 +19,8 @@ from powerhouse.engine.fused import FusedDecoder
 from powerhouse.engine.logprobs import TokenLogprobs, score
 from powerhouse.engine.sampler import sample
 from powerhouse.engine.settings import EngineConfig
-from powerhouse.errors import ConfigError
 from powerhouse.models.decoder import Decoder
-from powerhouse.models.hub import load_decoder, read_config
+from powerhouse.models.hub import load_decoder
 
 _SCORED_AT_A_TIME = 128
 
@@ -43,17 +41,16 @@ class Stage:
         self._cache = PagedCache(decoder.config, decoder.layers, config.num_blocks, config.block_size, self.dtype, self.device)
 
     @classmethod
-    def load(cls, directory: Path, config: EngineConfig, rank: int = 0) -> Stage:
-        """Load the layers of stage `rank` of config.num_stages, and no others.
+    def load(cls, directory: Path, config: EngineConfig, layers: range | None = None) -> Stage:
+        """Load these layers, or all, and no others.
 
         Raises:
             ModelFormatError: the directory is missing or damaged.
-            ConfigError: there are fewer layers than stages, no such device, or no such weight format on it.
+            ConfigError: there is no such device, or no such weight format on it.
         """
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         reuse_freed_memory()
-        layers = split_layers(read_config(directory).num_hidden_layers, config.num_stages)[rank]
         device = choose_device(config.device)
         decoder = load_decoder(directory, layers=layers, dtype=to_dtype(config.dtype), device=device)
         return cls(decoder, config, empties=True)
@@ -89,18 +86,3 @@ class Stage:
             rows, token_ids, num_tops = zip(*batch.scoring[start : start + _SCORED_AT_A_TIME], strict=True)
             scored += score(self.decoder.project(hidden_TC[list(rows)]), token_ids, num_tops)
         return scored
-
-
-def split_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Cut the layers into consecutive runs of equal length; where it does not come out even, the first ones have one more.
-
-    Raises:
-        ConfigError: there are more stages than layers.
-    """
-    if num_stages > num_layers:
-        raise ConfigError(
-            "more pipeline stages than layers", got=num_stages, allowed=f"1 to {num_layers}", do="lower num_stages"
-        )
-    short, num_longer = divmod(num_layers, num_stages)
-    starts = [i * short + min(i, num_longer) for i in range(num_stages + 1)]
-    return [range(start, stop) for start, stop in pairwise(starts)]

@@ -6,6 +6,8 @@ Shapes: T tokens of a batch, C model width.
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,10 +20,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 from powerhouse.engine import wire
 from powerhouse.engine.batch import ForwardBatch
+from powerhouse.engine.cut import cut_layers, measure_head
 from powerhouse.engine.settings import EngineConfig
 from powerhouse.engine.stage import Stage
+from powerhouse.models.hub import read_config
 
 _NEIGHBOUR_TIMEOUT = timedelta(minutes=10)
+_TELL_EVERY_S = 1.0
 
 
 def run_stage(
@@ -42,8 +47,9 @@ def run_stage(
         _use_interface_of(driver)
         wire.send(driver, "rank", rank)
         try:
-            stage = Stage.load(Path(model_path), config, rank)
-            neighbours = Neighbours(rank, num_stages, stage, (address[0], store_port))
+            store = TCPStore(address[0], store_port, is_master=False, timeout=_NEIGHBOUR_TIMEOUT)
+            stage = Stage.load(Path(model_path), config, _agree_on_layers(rank, config, Path(model_path), store))
+            neighbours = Neighbours(rank, num_stages, stage, store)
         except Exception as error:
             wire.send(driver, "failed", f"{type(error).__name__}: {error}")
             raise
@@ -56,14 +62,22 @@ def run_stage(
             neighbours.close()
 
 
+def _agree_on_layers(rank: int, config: EngineConfig, model_path: Path, store: TCPStore) -> range:
+    """The first stage measures and all do as it says: two measurements are two results."""
+    num_layers = read_config(model_path).num_hidden_layers
+    cut_layers(num_layers, config.num_stages)  # refuses what cannot be cut
+    if rank == 0:
+        store.set("head_layers", str(measure_head(model_path, config) if config.num_stages > 1 else 0.0))
+    return cut_layers(num_layers, config.num_stages, float(store.get("head_layers")))[rank]
+
+
 class Neighbours:
     """The stages before and after this one."""
 
-    def __init__(self, rank: int, num_stages: int, stage: Stage, store_address: tuple[str, int]) -> None:
+    def __init__(self, rank: int, num_stages: int, stage: Stage, store: TCPStore) -> None:
         self._rank = rank
         self._width, self._dtype, self._device = stage.width, stage.dtype, stage.device
         self._sending: tuple[dist.Work, Tensor] | None = None
-        store = TCPStore(*store_address, is_master=False, timeout=_NEIGHBOUR_TIMEOUT)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_stages, timeout=_NEIGHBOUR_TIMEOUT)
 
@@ -99,11 +113,45 @@ def _use_interface_of(driver: Connection) -> None:
 
 
 def _compute(stage: Stage, neighbours: Neighbours, driver: Connection) -> None:
+    busy, told_s = _Stopwatch(stage.device), 0.0
     while True:
         batch = ForwardBatch.from_bytes(driver.recv_bytes())
         received_TC = None if stage.is_first else neighbours.receive(batch.num_tokens)
-        hidden_TC = stage.forward(batch, received_TC)
+        with busy:
+            hidden_TC = stage.forward(batch, received_TC)
+            result = stage.sample(batch, hidden_TC) if stage.is_last else None
         if stage.is_last:
-            wire.send(driver, "tokens", stage.sample(batch, hidden_TC))
+            wire.send(driver, "tokens", result)
         else:
             neighbours.send(hidden_TC)
+        if time.monotonic() - told_s > _TELL_EVERY_S:
+            wire.send(driver, "busy", busy.total_s())
+            told_s = time.monotonic()
+
+
+class _Stopwatch:
+    """Adds up the seconds inside `with`, on a GPU by its own clock, which nothing waits for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._total_s = 0.0
+        self._start_s = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def __enter__(self) -> None:
+        self._start_s = time.perf_counter()
+        if self._on_gpu:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+
+    def __exit__(self, *_: object) -> None:
+        if self._on_gpu:
+            self._events[-1][1].record()
+        else:
+            self._total_s += time.perf_counter() - self._start_s
+
+    def total_s(self) -> float:
+        while self._events and self._events[0][1].query():
+            start, stop = self._events.popleft()
+            self._total_s += start.elapsed_time(stop) / 1000
+        return self._total_s

@@ -136,6 +136,9 @@ class EngineLoop:
         self.stats = self._engine.stats()
         for source, name in _GAUGES.items():
             self._record(name, self.stats[source])
+        for name in self.stats:
+            if name.startswith("bubble_"):
+                self._record(f"pipeline_{name}", self.stats[name])
 
     def _record_output(self, stream: Stream, output: Output) -> None:
         now_s = time.monotonic()

@@ -5,6 +5,9 @@ Ray exports them to Prometheus as `ray_powerhouse_...`, tagged with application,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from ray.serve import metrics
 
 from powerhouse.telemetry import Gauge
@@ -27,11 +30,14 @@ _HISTOGRAMS = {
 }
 
 
-def make_recorder() -> Gauge:
+def make_recorder(num_stages: int) -> Gauge:
     """Make the function that takes a metric's name and a number: to set, to add or to observe, by the metric's kind."""
-    actions = {}
+    actions: dict[str, Callable[[float], None]] = {}
     for name, text in _GAUGES.items():
         actions[name] = metrics.Gauge(f"powerhouse_{name}", text).set
+    bubble = metrics.Gauge("powerhouse_pipeline_bubble", "Share of time a stage waits for others, 0 to 1.", tag_keys=("stage",))
+    for stage in range(num_stages):
+        actions[f"pipeline_bubble_{stage}"] = partial(bubble.set, tags={"stage": str(stage)})
     for name, text in _COUNTERS.items():
         actions[name] = metrics.Counter(f"powerhouse_{name}", text).inc
     for name, text in _HISTOGRAMS.items():

@@ -24,7 +24,7 @@ class PipelineReplica:
         self._config = config
         self._stages: Stages | None = None
         engine = Engine.from_directory(config.model, config.engine) if config.engine.num_stages == 1 else self._start()
-        self._engine_loop = EngineLoop(engine, make_recorder())
+        self._engine_loop = EngineLoop(engine, make_recorder(config.engine.num_stages))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_api(self._engine_loop, self._config.model_name)
