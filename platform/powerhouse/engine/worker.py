@@ -47,8 +47,13 @@ def run_stage(
         _use_interface_of(driver)
         wire.send(driver, "rank", rank)
         try:
+            num_layers = read_config(Path(model_path)).num_hidden_layers
+            cut_layers(num_layers, num_stages)  # what cannot be cut is refused before others are waited for
             store = TCPStore(address[0], store_port, is_master=False, timeout=_NEIGHBOUR_TIMEOUT)
-            stage = Stage.load(Path(model_path), config, _agree_on_layers(rank, config, Path(model_path), store))
+            if rank == 0:  # measures, and all do as it says: two measurements are two results
+                store.set("head_layers", str(measure_head(Path(model_path), config) if num_stages > 1 else 0.0))
+            layers = cut_layers(num_layers, num_stages, float(store.get("head_layers")))[rank]
+            stage = Stage.load(Path(model_path), config, layers)
             neighbours = Neighbours(rank, num_stages, stage, store)
         except Exception as error:
             wire.send(driver, "failed", f"{type(error).__name__}: {error}")
@@ -60,15 +65,6 @@ def run_stage(
             return  # the driver hung up
         finally:
             neighbours.close()
-
-
-def _agree_on_layers(rank: int, config: EngineConfig, model_path: Path, store: TCPStore) -> range:
-    """The first stage measures and all do as it says: two measurements are two results."""
-    num_layers = read_config(model_path).num_hidden_layers
-    cut_layers(num_layers, config.num_stages)  # refuses what cannot be cut
-    if rank == 0:
-        store.set("head_layers", str(measure_head(model_path, config) if config.num_stages > 1 else 0.0))
-    return cut_layers(num_layers, config.num_stages, float(store.get("head_layers")))[rank]
 
 
 class Neighbours:
@@ -136,12 +132,12 @@ class _Stopwatch:
         self._on_gpu = device.type == "cuda"
         self._total_s = 0.0
         self._start_s = 0.0
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._events: deque[tuple[torch.Event, torch.Event]] = deque()
 
     def __enter__(self) -> None:
         self._start_s = time.perf_counter()
         if self._on_gpu:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events.append((torch.Event("cuda", enable_timing=True), torch.Event("cuda", enable_timing=True)))
             self._events[-1][0].record()
 
     def __exit__(self, *_: object) -> None:
