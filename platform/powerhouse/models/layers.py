@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from powerhouse.models.attention import Attend, PositionBias
 
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines, [*, D] each."""
+"""Cosines and sines, [*, D] each; the sines of the first half are negative."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -57,9 +57,8 @@ class RMSNorm(nn.Module):
 
 def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotate each head by its position's angles; leading axes pass through."""
-    first, second = x_THD.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return x_THD * cos_TD.unsqueeze(-2).to(x_THD.dtype) + rotated * sin_TD.unsqueeze(-2).to(x_THD.dtype)
+    cos, sin = (angles_TD.unsqueeze(-2).to(x_THD.dtype) for angles_TD in (cos_TD, sin_TD))
+    return torch.addcmul(x_THD * cos, x_THD.roll(x_THD.shape[-1] // 2, dims=-1), sin)
 
 
 @dataclass(frozen=True)

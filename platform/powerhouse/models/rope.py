@@ -40,14 +40,14 @@ class RopeScaling(Config):
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [*, D], fp32.
+    """Cosines and sines [*, D], fp32; those of the first half are minus the sine, as a rotation has it.
 
     With dynamic scaling the base depends on the longest position of the call, as in transformers: beyond
     `original_context`, decoding in pieces is not the full pass.
     """
     angles = positions[..., None].float() * _frequencies(positions, head_dim, theta, scaling)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def _frequencies(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:

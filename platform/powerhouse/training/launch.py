@@ -20,7 +20,7 @@ from ray.util.metrics import Gauge as RayGauge
 
 from powerhouse import artifacts
 from powerhouse.artifacts import UNFINISHED, Artifact, Counts
-from powerhouse.device import computes_bfloat16
+from powerhouse.device import computes_bfloat16, reuse_freed_memory
 from powerhouse.errors import ArtifactError, ClusterError, PowerhouseError, TrainingError
 from powerhouse.session import connect
 from powerhouse.telemetry import Gauge, read_metrics
@@ -163,6 +163,7 @@ def work(config: TrainingConfig) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
+        reuse_freed_memory()
     if not shrink_group(config.usable_workers(dist.get_world_size())):
         return
     method, model = method_of(config.shape), build_model(config, device)

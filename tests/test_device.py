@@ -1,0 +1,30 @@
+"""Device and precision."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+from powerhouse.device import reuse_freed_memory
+from tests.distributed import run_on_ranks
+
+
+def num_faults_of_a_loop() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        _large = [torch.ones(num_mib << 18) for num_mib in (24, 8, 8)]
+        del _large
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def count_faults() -> tuple[int, int]:
+    usual = num_faults_of_a_loop()
+    reuse_freed_memory()
+    num_faults_of_a_loop()
+    return usual, num_faults_of_a_loop()
+
+
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    [(usual, kept)] = run_on_ranks(1, count_faults)
+    assert kept < usual / 10
