@@ -21,6 +21,27 @@ def test_accuracy_is_the_share_of_right_labels() -> None:
     assert value(Accuracy(), ["x", "y", "x", "Y"], ["x", "y", "z", ["y", "x"]], "accuracy") == 0.5
 
 
+@pytest.mark.parametrize(
+    ("num_right", "n", "expected"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_the_interval_of_a_share_is_wilsons_on_newcombes_cases(num_right: int, n: int, expected: tuple[float, float]) -> None:
+    pairs = make_pairs(["x"] * num_right + ["y"] * (n - num_right), ["x"] * n)
+    score = Accuracy().score(Accuracy().statistics(pairs))["accuracy"]
+
+    assert score.interval == pytest.approx(expected, abs=5e-5)
+    assert (score.n, score.value) == (n, num_right / n)
+    assert score.signature.endswith("|interval:wilson,0.95")
+
+
+def test_items_asked_repeatedly_have_the_interval_of_resampled_items() -> None:
+    often = 3 * Accuracy().statistics(make_pairs(["x"] * 5 + ["y"] * 5, ["x"] * 10))
+    score = Accuracy().score(often)["accuracy"]
+
+    assert (score.value, score.n) == (0.5, 10)
+    assert score.signature.endswith("|interval:bootstrap,1000,0.95")
+
+
 def test_an_exact_match_forgives_case_punctuation_and_articles() -> None:
     assert value(ExactMatch(), ["The Beatles!", "beatles", "a  Beatle"], ["beatles"] * 3, "exact_match") == pytest.approx(2 / 3)
     assert value(ExactMatch(normalise="none"), ["The Beatles!", "beatles"], ["beatles"] * 2, "exact_match") == 0.5

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -13,13 +15,45 @@ from pydantic import Field, field_validator
 
 from powerhouse.errors import InputError
 from powerhouse.evaluation.metric import Metric, Pair
-from powerhouse.evaluation.score import Sums, Values
+from powerhouse.evaluation.score import CONFIDENCE, Score, Sums, Values, make_signature
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class Accuracy(Metric):
+class _Share(Metric):
+    """A metric by which an item is right or wrong."""
+
+    def finalise(self, num_items: Values, sums: Sums) -> Mapping[str, Values]:
+        return {str(self.facts()["metric"]): sums[..., 0] / num_items}
+
+    def score(self, sums_NS: Sums, seed: int = 0) -> dict[str, Score]:
+        """Wilson's interval, which has a width also where all items are right; that of resamples for items asked repeatedly."""
+        scores = super().score(sums_NS, seed)
+        if (sums_NS[:, 0] > 1).any():
+            return scores
+        signature = make_signature(interval=f"wilson,{CONFIDENCE}")
+        return {
+            name: Score(
+                value=score.value,
+                interval=wilson_interval(score.value, score.n),
+                n=score.n,
+                signature=f"{self.signature(sums_NS)}|{signature}",
+            )
+            for name, score in scores.items()
+        }
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Of a share of n independent items (Wilson 1927; Newcombe 1998, method 3)."""
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    centre = share + z**2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    low, high = ((centre + side) / (1 + z**2 / n) for side in (-half, half))
+    return max(low, 0.0), min(high, 1.0)
+
+
+class Accuracy(_Share):
     """Share of items whose label is the reference, or one of several."""
 
     metric: Literal["accuracy"] = "accuracy"
@@ -28,11 +62,8 @@ class Accuracy(Metric):
     def statistic(self, pair: Pair) -> Sequence[float]:
         return (pair.hypothesis in pair.references,)
 
-    def finalise(self, num_items: Values, sums: Sums) -> Mapping[str, Values]:
-        return {"accuracy": sums[..., 0] / num_items}
 
-
-class ExactMatch(Metric):
+class ExactMatch(_Share):
     """Share of items whose answer is a reference, word for word."""
 
     metric: Literal["exact_match"] = "exact_match"
@@ -44,9 +75,6 @@ class ExactMatch(Metric):
         texts = (pair.hypothesis, *pair.references)
         answer, *references = map(normalise_answer, texts) if self.normalise == "squad" else texts
         return (answer in references,)
-
-    def finalise(self, num_items: Values, sums: Sums) -> Mapping[str, Values]:
-        return {"exact_match": sums[..., 0] / num_items}
 
 
 class AnswerF1(Metric):
