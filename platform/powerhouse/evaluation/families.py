@@ -17,12 +17,12 @@ from powerhouse.errors import InputError
 from powerhouse.evaluation.asking import Question, Reply, Respondent, Writing
 from powerhouse.evaluation.reading import DecoderRespondent, Ids
 from powerhouse.models.adapters import soft_prompt_of
+from powerhouse.models.attention import DenseCache
 from powerhouse.models.decoder import Decoder
 from powerhouse.models.encoder import Encoder
 from powerhouse.models.encoder_decoder import T5, EncoderDecoder
 from powerhouse.models.generate import GenerationConfig, Generator, generate
 from powerhouse.models.hub import load_decoder, load_model
-from powerhouse.models.kernels import causal_attention
 from powerhouse.prompting import Prompt, slot_row
 from powerhouse.tokenizer import Tokenizer
 
@@ -65,16 +65,47 @@ class PlainDecoder:
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Ids]) -> list[list[tuple[float, bool]]]:
-        """Logprob and greediness of every token but the first."""
-        scores: dict[int, list[tuple[float, bool]]] = {}
-        for numbers in _batches(rows):
-            ids_BT, _ = _pad([[*self._soft_ids, *rows[number]] for number in numbers], self.model)
-            states_BTC = self.model.transform(ids_BT, torch.arange(ids_BT.shape[1], device=ids_BT.device), causal_attention)
-            for number, states_TC in zip(numbers, states_BTC, strict=True):
-                first, num_scored = len(self._soft_ids), len(rows[number]) - 1
-                logits_NV = self.model.project(states_TC[first : first + num_scored])
-                scores[number] = _look_up(logits_NV, rows[number][1:])
-        return [scores[number] for number in range(len(rows))]
+        """Logprob and greediness of every token but the first.
+
+        What comes before the last token is computed once for all rows that differ in no other, and what a batch begins with
+        once for the batch: answers of one token, and examples that many questions share, cost little more than one.
+        """
+        by_context: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+        for row in rows:
+            by_context.setdefault(tuple(row[:-1]), set()).add(tuple(row))
+        contexts = sorted(by_context)  # those that begin alike are neighbours
+        scores: dict[tuple[int, ...], list[tuple[float, bool]]] = {}
+        for start in range(0, len(contexts), _BATCH_ROWS):
+            batch = contexts[start : start + _BATCH_ROWS]
+            num_shared = _count_shared(batch[0], batch[-1])
+            shared, states = self._run(batch, num_shared)
+            for context, states_NC in zip(batch, states, strict=True):
+                logprobs_NV = self.model.project(states_NC).log_softmax(dim=-1)
+                for text in by_context[context]:
+                    scores[text] = shared + _look_up(logprobs_NV, text[max(num_shared, 1) :])
+        return [scores[tuple(row)] for row in rows]
+
+    def _run(self, contexts: Sequence[tuple[int, ...]], num_shared: int) -> tuple[list[tuple[float, bool]], list[Tensor]]:
+        """Scores of the tokens that all contexts begin with, and of each context the states [N, C] from their last one on."""
+        cache, num_soft = DenseCache(), len(self._soft_ids)
+        head = [*self._soft_ids, *contexts[0][:num_shared]]
+        head_TC = self._transform([head], 0, cache)[0, num_soft:] if head else None
+        scores: list[tuple[float, bool]] = []
+        if head_TC is not None and num_shared > 1:
+            scores = _look_up(self.model.project(head_TC[:-1]).log_softmax(dim=-1), contexts[0][1:num_shared])
+        tails = [context[num_shared:] for context in contexts]
+        last_TC = [head_TC[-1:]] if head_TC is not None else []
+        if not any(tails):
+            return scores, [torch.cat(last_TC) for _ in contexts]
+        if head:
+            cache.select(torch.zeros(len(contexts), dtype=torch.long, device=next(self.model.parameters()).device))
+        tails_BTC = self._transform(tails, len(head), cache)  # nothing sees the padding after it
+        return scores, [torch.cat([*last_TC, states_TC[: len(tail)]]) for tail, states_TC in zip(tails, tails_BTC, strict=True)]
+
+    def _transform(self, rows: Sequence[Sequence[int]], start: int, cache: DenseCache) -> Tensor:
+        ids_BT, _ = _pad(rows, self.model)
+        positions_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
+        return self.model.transform(ids_BT, positions_T.expand_as(ids_BT), cache)
 
     def write(self, rows: Sequence[Ids], *, max_tokens: int, temperature: float, stop: tuple[str, ...], seed: int) -> list[str]:
         writing = Writing(max_tokens=max_tokens, temperature=temperature, stop=stop, seed=seed)
@@ -121,7 +152,7 @@ class EncoderRespondent:
             states_BTC = self._model.encode(ids_BT, valid_BT)
             for number, states_TC in zip(numbers, states_BTC, strict=True):
                 place, ids = places[number], answers[number]
-                scores[number] = _look_up(self._model.project(states_TC[place : place + len(ids)]), ids)
+                scores[number] = _look_up(self._model.project(states_TC[place : place + len(ids)]).log_softmax(dim=-1), ids)
         return iter([scores[number] for number in range(len(rows))])
 
 
@@ -149,8 +180,11 @@ class EncoderDecoderRespondent:
         targets = [[start_id, self._sentinel_id, *part.answer] for part in parts]
         ids_BT, _ = _pad(targets, self._model)
         memory = self._model.remember(source_BS, valid_BS)
-        logits_BTV = self._model(ids_BT, torch.arange(ids_BT.shape[1], device=ids_BT.device), memory)
-        return _join(question, iter(_look_up(row_TV[1:], part.answer) for row_TV, part in zip(logits_BTV, parts, strict=True)))
+        logprobs_BTV = self._model(ids_BT, torch.arange(ids_BT.shape[1], device=ids_BT.device), memory).log_softmax(dim=-1)
+        scores = (
+            _look_up(row_TV[1 : 1 + len(part.answer)], part.answer) for row_TV, part in zip(logprobs_BTV, parts, strict=True)
+        )
+        return _join(question, iter(scores))
 
     def _continue(self, question: Question) -> Reply:
         assert question.writing is not None, "a text is written in some way"
@@ -187,7 +221,7 @@ def _batches(rows: Sequence[Ids]) -> Iterator[list[int]]:
         yield order[start : start + _BATCH_ROWS]
 
 
-def _pad(rows: Sequence[Ids], model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], model: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """Ids, 0 at padding on the right, and which are valid."""
     length, device = max(map(len, rows)), next(model.parameters()).device
     ids_BT = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
@@ -195,9 +229,16 @@ def _pad(rows: Sequence[Ids], model: torch.nn.Module) -> tuple[Tensor, Tensor]:
     return ids_BT, valid_BT
 
 
-def _look_up(logits_NV: Tensor, ids: Ids) -> list[tuple[float, bool]]:
-    logprobs_NV = logits_NV[: len(ids)].float().log_softmax(dim=-1)
-    ids_N = torch.tensor(ids, device=logits_NV.device)
+def _count_shared(first: Sequence[int], last: Sequence[int]) -> int:
+    """Tokens that both begin with: in a sorted list, all between them too."""
+    return next(
+        (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last))
+    )
+
+
+def _look_up(logprobs_NV: Tensor, ids: Sequence[int]) -> list[tuple[float, bool]]:
+    """Of tokens [N], their logprobs in rows of the same place, and whether they are the likeliest."""
+    ids_N = torch.tensor(ids, device=logprobs_NV.device)
     own_N = logprobs_NV.gather(1, ids_N[:, None])[:, 0]
     is_likeliest_N = own_N == logprobs_NV.amax(dim=1)
     return list(zip(own_N.tolist(), is_likeliest_N.tolist(), strict=True))

@@ -105,7 +105,8 @@ def ask_pool(
     config: EvaluationConfig, questions: Mapping[str, Question], open_decoder: OpenDecoder
 ) -> Iterator[tuple[str, Reply]]:
     """Ask a model directory that actors hold, and give the replies as they come."""
-    columns = {"key": list(questions), "question": [question.text for question in questions.values()]}
+    ordered = sorted(questions.values(), key=lambda question: question.text)  # those that begin alike are neighbours
+    columns = {"key": [question.key for question in ordered], "question": [question.text for question in ordered]}
     for row in in_pool(Answerer, (config, open_decoder), columns, config):
         yield row["key"], json.loads(row["reply"])
 
