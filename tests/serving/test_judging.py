@@ -13,9 +13,9 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from fakes import TEXTS, tiny_tokenizer, write_tiny_model
+from fakes import TEXTS, tiny_decoder, tiny_tokenizer, write_tiny_model
 from powerhouse.engine import Engine, EngineConfig
-from powerhouse.models.hub import load_decoder
+from powerhouse.models.hub import load_decoder, save_model
 from powerhouse.models.kernels import causal_attention
 from powerhouse.serving.api import make_api
 from powerhouse.serving.engine_loop import EngineLoop
@@ -100,15 +100,13 @@ def test_the_tokens_of_an_echo_join_to_its_text_and_begin_where_it_is_told(api: 
 
 def test_an_end_of_text_token_that_is_generated_is_told_with_its_logprob(tmp_path: Path) -> None:
     """lm-eval drops the last element: were the end of text left out, it would drop one of the answer."""
-    path = write_tiny_model(tmp_path)
-    engine = Engine.from_directory(path, CONFIG)
-    weights = engine._runner._stage.decoder.lm_head.weight  # type: ignore[attr-defined]
-    row = ROWS[0]
-    with torch.no_grad():
-        weights[0] = 0.0
-        hidden = load_decoder(path).transform(torch.tensor([row]), torch.arange(len(row)), causal_attention)[0, -1]
-        weights[0] = 50 * load_decoder(path).model.norm(hidden)
-    loop = EngineLoop(engine, lambda name, value: None)
+    decoder, row = tiny_decoder(), ROWS[0]
+    with torch.inference_mode():
+        hidden = decoder.transform(torch.tensor([row]), torch.arange(len(row)), causal_attention)[0, -1]
+        decoder.lm_head.weight[0] = 50 * decoder.model.norm(hidden)
+    save_model(tmp_path, decoder.config, decoder.state_dict())
+    tiny_tokenizer().save(tmp_path)
+    loop = EngineLoop(Engine.from_directory(tmp_path, CONFIG), lambda name, value: None)
     try:
         [choice] = judge(make_api(loop, "demo"), [row])["choices"]
     finally:
