@@ -38,6 +38,8 @@ class ForwardBatch:
     """[B]"""
     scoring: tuple[RowScoring, ...] = ()
     """Tokens of prompts whose likelihood is asked for."""
+    adapters: tuple[int, ...] = ()
+    """[N] which of the engine's adapters each sequence has, from 1, 0 being none; empty where nobody has one."""
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +102,7 @@ def make_batch(scheduled: Mapping[Request, int], block_size: int) -> ForwardBatc
         tuple(rows),
         tuple(sampling),
         tuple(scoring),
+        tuple(request.adapter for request in scheduled) if any(request.adapter for request in scheduled) else (),
     )
 
 

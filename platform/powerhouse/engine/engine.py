@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 
+from powerhouse.engine.adapters import AdapterTable, Chosen
 from powerhouse.engine.batch import BatchResult, make_batch, scored_places, will_sample
 from powerhouse.engine.completion import Completion
 from powerhouse.engine.constraint import Constrainer
@@ -61,6 +62,7 @@ class Engine:
         self._outputs: list[Output] = []
         self._num_added = 0
         self._arrivals = count()
+        self._adapters = AdapterTable(config.adapters, model_config.vocab_size)
         self._speculator = speculator or make_speculator(model_config, tokenizer, config)
         self._num_guessed = self._num_guessed_right = 0
         self._constrainer = Constrainer(tokenizer, model_config.vocab_size)
@@ -90,40 +92,50 @@ class Engine:
         return bool(self._requests or self._in_flight or self._outputs)
 
     def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> str:
         """Queue a prompt, text or token ids, and return its id; of all that wait, the smallest priority goes first.
 
         Raises:
-            RequestError: it can never be served, or its id is in use.
+            RequestError: it can never be served, its id is in use, or there is no such adapter.
             QueueFullError: too many requests wait.
         """
         params = params or SamplingParams()
         self._num_added += 1
         request_id = request_id if request_id is not None else f"request-{self._num_added}"
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._refuse_what_cannot_be_served(request_id, ids, params)
-        self._requests[request_id] = self._make_requests(request_id, ids, params, priority)
+        chosen = self._adapters.choose(adapter)
+        self._refuse_what_cannot_be_served(request_id, ids, params, chosen)
+        self._requests[request_id] = self._make_requests(request_id, ids, params, priority, chosen)
         for request in self._requests[request_id]:
             self._scheduler.add(request)
         return request_id
 
-    def _make_requests(self, request_id: str, ids: list[int], params: SamplingParams, priority: int) -> list[Request]:
+    def _make_requests(
+        self, request_id: str, ids: list[int], params: SamplingParams, priority: int, chosen: Chosen
+    ) -> list[Request]:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         end_ids = frozenset(params.stop_token_ids) | (set() if params.ignore_eos else {self._end_of_text_id})
         requests: list[Request] = []
         for index in range(params.n):
             request = Request(
                 request_id,
-                ids,
+                [*chosen.soft_ids, *ids],
                 params,
                 seed_of(seed, index),
                 TextStream(self.tokenizer, params.stop),
                 index=index,
                 rank=(priority, next(self._arrivals)),
-                names=BlockNames(self._pool.block_size) if self._config.caches_prefixes else None,
+                names=BlockNames(self._pool.block_size, str(chosen.index).encode()) if self._config.caches_prefixes else None,
                 leader=requests[0] if requests and self._config.caches_prefixes else None,
                 end_ids=end_ids,
+                adapter=chosen.index,
+                num_soft=len(chosen.soft_ids),
                 matcher=self._constrainer.matcher(params.constraint) if params.constraint else None,
             )
             requests.append(request)
@@ -215,10 +227,12 @@ class Engine:
         """A burst into an idle engine waits only for the next step: free seats count as room."""
         return self._num_under_way + num_answers <= self._config.max_num_seqs + self._config.max_waiting_requests
 
-    def _refuse_what_cannot_be_served(self, request_id: str, ids: Sequence[int], params: SamplingParams) -> None:
+    def _refuse_what_cannot_be_served(
+        self, request_id: str, ids: Sequence[int], params: SamplingParams, chosen: Chosen
+    ) -> None:
         if request_id in self._requests:
             raise RequestError("the request id is in use", got=request_id, do="choose another, or none")
-        check_request(ids, params, self._vocab_size, self.max_model_len, self._pool)
+        check_request(ids, params, self._vocab_size, self.max_model_len, self._pool, len(chosen.soft_ids))
         seats, waiting = self._config.max_num_seqs, self._config.max_waiting_requests
         if params.n > seats + waiting:
             raise RequestError("n is more than may be under way", got=params.n, allowed=f"1 to {seats + waiting}")
@@ -294,13 +308,13 @@ class Engine:
             token_ids,
             text,
             request.finish_reason,
-            request.num_prompt_tokens,
+            request.num_prompt_tokens - request.num_soft,
             request.num_output_tokens,
             logprobs,
-            tuple(request.prompt_logprobs) if is_first else None,
+            tuple(request.prompt_logprobs[request.num_soft :]) if is_first else None,
             request.index,
             request.request_id not in self._requests,
-            request.num_cached,
+            max(request.num_cached - request.num_soft, 0),
         )
 
 

@@ -32,7 +32,7 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One for each of token_ids, if asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    """One for each token of the prompt, if asked for, in the first output alone; nothing foretells the first token."""
+    """One for each token of the prompt, if asked for, in the first output alone; only a soft prompt foretells the first."""
     index: int = 0
     """Which of the request's n answers."""
     is_last: bool = False
@@ -64,6 +64,8 @@ class Request:
         leader: Request | None = None,
         end_ids: frozenset[int] = frozenset(),
         matcher: Matcher | None = None,
+        adapter: int = 0,
+        num_soft: int = 0,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -80,6 +82,9 @@ class Request:
         """Tokens that end it."""
         self.matcher = matcher
         """Of its constraint."""
+        self.adapter = adapter
+        self.num_soft = num_soft
+        """Tokens of a soft prompt, with which the prompt begins."""
         self.token_ids = list(prompt)
         self.num_prompt_tokens = len(prompt)
         self.draft: list[int] = []
@@ -91,7 +96,7 @@ class Request:
         """Of its blocks, those that the prefix cache knows."""
         self.blocks: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * max(num_soft, 1)
         """Of the tokens so far that were computed with it."""
 
     @property

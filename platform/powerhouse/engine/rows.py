@@ -43,6 +43,6 @@ def _penalties(request: Request, guesses: Sequence[int]) -> Penalties | None:
     repetition, presence, frequency = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
     if repetition == 1 and not presence and not frequency:
         return None
-    seen = tuple({*request.token_ids, *guesses}) if repetition != 1 else ()
+    seen = tuple({*request.token_ids[request.num_soft :], *guesses}) if repetition != 1 else ()
     written = Counter([*request.token_ids[request.num_prompt_tokens :], *guesses]) if presence or frequency else Counter[int]()
     return Penalties(float(repetition), float(presence), float(frequency), seen, tuple(written.items()))

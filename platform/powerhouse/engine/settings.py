@@ -52,6 +52,8 @@ class EngineConfig(Config):
     max_model_len: int | None = Field(default=None, gt=0)
     """Longest prompt and answer together, in tokens; the model's own context where left out."""
 
+    adapters: dict[str, StoragePath] = Field(default_factory=dict)
+    """LoRA changes and soft prompts that requests may name, and their directories in peft's format."""
     speculation: SpeculationConfig | None = None
     """Guessing ahead; none where left out."""
 

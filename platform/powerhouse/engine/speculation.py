@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
+from powerhouse.engine.adapters import AdapterTable
 from powerhouse.engine.batch import ForwardBatch, make_batch
 from powerhouse.engine.request import Request
 from powerhouse.engine.rows import row_sampling
@@ -120,13 +121,15 @@ def make_speculator(model_config: DecoderConfig, tokenizer: Tokenizer, config: E
     speculation = config.speculation
     if speculation is None or speculation.model is None:
         return PromptLookup(speculation.num_tokens, speculation.ngram) if speculation else None
+    if AdapterTable(config.adapters, model_config.vocab_size).has_soft_prompts:
+        raise ConfigError("speculation.model cannot read soft prompts", got=sorted(config.adapters), do="leave out one of them")
     path = Path(speculation.model)
     if Tokenizer.load(path).core.get_vocab() != tokenizer.core.get_vocab():
         raise ConfigError("speculation.model has another vocabulary", got=path, do="take a model of the same family")
     needed, context = config.max_model_len or model_config.max_position_embeddings, read_config(path).max_position_embeddings
     if context < needed:
         raise ConfigError("speculation.model has a shorter context", got=context, do=f"set max_model_len={context}")
-    stage = Stage.load(path, config.model_copy(update={"num_stages": 1}))
+    stage = Stage.load(path, config.model_copy(update={"num_stages": 1, "adapters": {}}))
     return DraftModel(stage, speculation.num_tokens, config.block_size)
 
 

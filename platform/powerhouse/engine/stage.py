@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from powerhouse.device import choose_device, reuse_freed_memory, to_dtype
+from powerhouse.engine.adapters import AdaptedStage, load_adapters
 from powerhouse.engine.attention import PagedAttention, PagedCache
 from powerhouse.engine.batch import BatchResult, ForwardBatch
 from powerhouse.engine.formats import compute_dtype, make_pack
@@ -38,6 +39,7 @@ class Stage:
         num_positions = min(config.max_model_len or math.inf, decoder.config.max_position_embeddings)
         pack = make_pack(config, weight.dtype, self.device)
         self.decoder = FusedDecoder(decoder, pack, self.dtype, int(num_positions), empties=empties)
+        self.adapted: AdaptedStage | None = None
         self._cache = PagedCache(decoder.config, decoder.layers, config.num_blocks, config.block_size, self.dtype, self.device)
 
     @classmethod
@@ -53,12 +55,17 @@ class Stage:
         reuse_freed_memory()
         device = choose_device(config.device)
         decoder = load_decoder(directory, layers=layers, dtype=to_dtype(config.dtype), device=device)
-        return cls(decoder, config, empties=True)
+        stage = cls(decoder, config, empties=True)
+        if config.adapters:
+            stage.adapted = AdaptedStage(stage.decoder, load_adapters(directory, list(config.adapters.values())))
+        return stage
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, hidden_TC: Tensor | None = None) -> Tensor:
         """Run the batch's tokens (first stage) or the hidden states from the stage before through the layers: [T, C]."""
         assert (hidden_TC is None) == self.is_first, "hidden states come from the stage before, if there is one"
+        if self.adapted:
+            self.adapted.select(batch)
         x = torch.tensor(batch.token_ids, device=self.device) if hidden_TC is None else hidden_TC
         positions_T = torch.tensor(batch.positions, device=self.device)
         return self.decoder.transform(x, positions_T, PagedAttention(self._cache, batch))

@@ -36,7 +36,9 @@ def check_model(model_config: DecoderConfig, tokenizer: Tokenizer, config: Engin
     return longest
 
 
-def check_request(ids: Sequence[int], params: SamplingParams, vocab_size: int, max_model_len: int, pool: BlockPool) -> None:
+def check_request(
+    ids: Sequence[int], params: SamplingParams, vocab_size: int, max_model_len: int, pool: BlockPool, num_soft: int = 0
+) -> None:
     """Refuse a prompt that can never be served with these parameters.
 
     Raises:
@@ -52,10 +54,11 @@ def check_request(ids: Sequence[int], params: SamplingParams, vocab_size: int, m
     for what, token_ids in named.items():
         if wrong := [item for item in token_ids if not (isinstance(item, int) and 0 <= item < vocab_size)]:
             raise RequestError(f"{what} is outside the vocabulary", got=wrong[0], allowed=f"0 to {vocab_size - 1}")
-    got = f"{len(ids)} prompt tokens and max_tokens={params.max_tokens}"
-    if len(ids) + params.max_tokens > max_model_len:
+    num_prompt_tokens = num_soft + len(ids)
+    got = f"{num_prompt_tokens} prompt tokens and max_tokens={params.max_tokens}"
+    if num_prompt_tokens + params.max_tokens > max_model_len:
         raise RequestError("prompt and answer are longer than the context", got=got, allowed=f"{max_model_len} together")
     # The last token is given out, and never attended to.
-    if pool.num_blocks_for(len(ids) + max(params.max_tokens, 1) - 1) > pool.num_blocks:
+    if pool.num_blocks_for(num_prompt_tokens + max(params.max_tokens, 1) - 1) > pool.num_blocks:
         capacity = pool.num_blocks * pool.block_size
         raise RequestError("the KV cache is too small for this request", got=got, allowed=f"{capacity + 1} together")
