@@ -125,25 +125,30 @@ _OUT_OF_MEMORY = ("OutOfMemory", "MemoryError", "out of memory", "can't allocate
 
 
 def _explain(error: ray.train.TrainingFailedError, max_failures: int) -> PowerhouseError:
-    if isinstance(error, ray.train.ControllerError):
-        return ClusterError("the workers could not be started", got=error, do="see `ray status` for what is free")
     failures = list(error.worker_failures.values()) if isinstance(error, ray.train.WorkerGroupError) else []
     if own := next((failure for failure in failures if isinstance(failure, PowerhouseError)), None):
         return own
+    is_started, often = (
+        not isinstance(error, ray.train.ControllerError),
+        f"{max_failures + 1} times" if max_failures else "once",
+    )
     if any(sign in str(error) for sign in _OUT_OF_MEMORY):
         return TrainingError(
-            f"a worker ran out of memory {max_failures + 1} times",
-            got=_last_line(error),
-            do="lower run.micro_batch_rows, set run.recompute=full, or raise run.num_workers to shard the model over more",
+            f"a worker ran out of memory {often if is_started else 'while it started'}",
+            got=_line_of_memory(error),
+            do="lower run.micro_batch_rows, set run.recompute=full, or raise run.num_workers to shard the model over more"
+            if is_started
+            else "see what else takes the memory of the nodes, and run the job again: it goes on from the last checkpoint",
         )
-    return TrainingError(
-        f"workers failed {max_failures + 1} times", got=error, do="run the job again: it goes on from the last checkpoint"
-    )
+    if not is_started:
+        return ClusterError("the workers could not be started", got=error, do="see `ray status` for what is free")
+    return TrainingError(f"workers failed {often}", got=error, do="run the job again: it goes on from the last checkpoint")
 
 
-def _last_line(error: Exception) -> str:
-    """The line of a worker's traceback that names the memory."""
-    return next(line.strip() for line in reversed(str(error).splitlines()) if any(sign in line for sign in _OUT_OF_MEMORY))
+def _line_of_memory(error: Exception) -> str:
+    """The line that names the memory: Ray's own of a node, or the last of a worker's traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if any(sign in line for sign in _OUT_OF_MEMORY)]
+    return next((line for line in lines if "low on memory" in line), lines[-1])
 
 
 def _work_or_tell(arguments: dict[str, TrainingConfig]) -> PowerhouseError | None:
