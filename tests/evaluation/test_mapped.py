@@ -7,14 +7,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import ray
+from ray import cloudpickle
+from ray.data.block import BlockAccessor
 
 from powerhouse.errors import InputError
 from powerhouse.evaluation.bleu import Bleu
-from powerhouse.evaluation.mapped import MappingConfig, map_statistics
+from powerhouse.evaluation.mapped import RowMaker, map_statistics
 from powerhouse.evaluation.meteor import Meteor
+from powerhouse.evaluation.metric import Part, merge
 from powerhouse.evaluation.rouge import Rouge
+from powerhouse.evaluation.settings import PoolConfig
 from random_texts import random_pairs
 
 
@@ -27,15 +33,29 @@ def cluster() -> Iterator[None]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+@pytest.mark.parametrize("num_references", [None, 2])
+def test_blocks_as_ray_data_makes_them_give_the_rows_to_the_bit(num_references: int | None) -> None:
+    pairs = [pair for pair in random_pairs(80) if num_references in (None, len(pair.references))]
+    references = [list(pair.references) for pair in pairs]
+    table = pa.table({"number": range(len(pairs)), "hypothesis": [pair.hypothesis for pair in pairs], "references": references})
+    work, parts = RowMaker(cloudpickle.loads(cloudpickle.dumps(Rouge()))), []
+    for start in reversed(range(0, len(pairs), 7)):
+        made = work(BlockAccessor.for_block(table.slice(start, 7)).to_numpy())
+        rows = list(BlockAccessor.for_block(BlockAccessor.batch_to_block(made)).iter_rows(public_row_format=True))
+        parts.append(Part(np.array([row["number"] for row in rows]), np.array([row["sums"] for row in rows])))
+
+    assert merge(parts).sums_NS.tobytes() == Rouge().statistics(pairs).tobytes()
+
+
 @pytest.mark.slow
 def test_one_two_and_four_workers_give_the_rows_and_scores_of_one_process_to_the_bit(cluster: None) -> None:
     pairs = random_pairs(60, max_lines=2)
     for metric in (Bleu(), Rouge()):
         here = metric.statistics(pairs)
         for num_workers in (1, 2, 4) if isinstance(metric, Rouge) else (2,):
-            config = MappingConfig(num_workers=num_workers, cpus_per_worker=0.5, chunk_items=7)
+            config = PoolConfig(num_actors=num_workers, cpus_per_actor=0.5)
 
-            rows = map_statistics(metric, pairs, config)
+            rows = map_statistics(metric, pairs, config, block_items=7)
 
             assert rows.tobytes() == here.tobytes()
             assert metric.score(rows) == metric.score(here)
@@ -44,4 +64,4 @@ def test_one_two_and_four_workers_give_the_rows_and_scores_of_one_process_to_the
 @pytest.mark.slow
 def test_what_a_worker_lacks_is_told_as_if_it_were_here(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="METEOR's synonyms need WordNet, which is not installed"):
-        map_statistics(Meteor(wordnet=tmp_path), random_pairs(3), MappingConfig(num_workers=1, cpus_per_worker=0.5))
+        map_statistics(Meteor(wordnet=tmp_path), random_pairs(3), PoolConfig(cpus_per_actor=0.5))

@@ -11,7 +11,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from powerhouse.errors import ClusterError, PowerhouseError
-from powerhouse.evaluation.settings import EvaluationConfig
+from powerhouse.evaluation.settings import PoolConfig
 from powerhouse.session import connect
 
 _MAX_ROWS = 64
@@ -19,9 +19,14 @@ _MAX_ROWS = 64
 
 
 def in_pool(
-    actor_class: type, arguments: tuple[Any, ...], columns: Mapping[str, Sequence[Any]], config: EvaluationConfig
+    actor_class: type,
+    arguments: tuple[Any, ...],
+    columns: Mapping[str, Sequence[Any]],
+    config: PoolConfig,
+    block_rows: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Give what the actors make of the rows, as it comes. A block is small, so that no actor waits long for the last one.
+    """Give what the actors make of the rows, as it comes, of a block at a time. If its size is not given, a block is small, so
+    that no actor waits long for the last one.
 
     Raises:
         PowerhouseError: what an actor raised.
@@ -29,7 +34,7 @@ def in_pool(
     """
     connect("data")
     table = pa.table(dict(columns))
-    size = min(_MAX_ROWS, math.ceil(len(table) / (4 * config.num_actors)))
+    size = block_rows or min(_MAX_ROWS, math.ceil(len(table) / (4 * config.num_actors)))
     done = ray.data.from_arrow([table.slice(start, size) for start in range(0, len(table), size)]).map_batches(
         actor_class,
         fn_constructor_args=arguments,
@@ -44,7 +49,7 @@ def in_pool(
     except RayError as error:
         if (cause := _own_error(error)) is not None:
             raise type(cause)(str(cause)) from None
-        raise ClusterError("the model's actors failed", got=error, do="see their log") from error
+        raise ClusterError("the actors failed", got=error, do="see their log") from error
 
 
 def _own_error(error: BaseException | None) -> PowerhouseError | None:

@@ -12,7 +12,18 @@ from powerhouse.evaluation.endpoint import EndpointConfig
 from powerhouse.evaluation.tasks import Task
 
 
-class EvaluationConfig(Config):
+class PoolConfig(Config):
+    """How much of the cluster the work takes."""
+
+    num_actors: int = Field(default=1, gt=0)
+    """Processes that work; each holds a copy of the model."""
+    cpus_per_actor: float = Field(default=1, gt=0)
+    """CPUs asked of Ray for an actor; also its number of torch threads, at least one."""
+    gpus_per_actor: float = Field(default=0, ge=0)
+    """GPUs asked of Ray for an actor."""
+
+
+class EvaluationConfig(PoolConfig):
     """Score a model on tasks, and on the held-out documents of a corpus beside what costs nothing to train."""
 
     model: StoragePath | None = None
@@ -37,12 +48,6 @@ class EvaluationConfig(Config):
     """Windows of the model's context in one forward pass over held-out documents."""
     engine: dict[str, Any] = Field(default={})
     """Further settings of the engine that answers tasks: num_blocks, max_num_seqs, ... (powerhouse.engine.EngineConfig)."""
-    num_actors: int = Field(default=1, gt=0)
-    """Processes that hold a copy of the model."""
-    cpus_per_actor: float = Field(default=1, gt=0)
-    """CPUs asked of Ray for an actor; also its number of torch threads, at least one."""
-    gpus_per_actor: float = Field(default=0, ge=0)
-    """GPUs asked of Ray for an actor."""
 
     @property
     def num_threads(self) -> int:
