@@ -156,7 +156,8 @@ def ours(part: str, folder: Path) -> dict[str, Any]:
     from powerhouse.corpora.sources import SourceConfig, list_files
     from powerhouse.corpora.toxicity import Toxicity
 
-    process = DocumentProcessor([Score(), Language(), Toxicity(), Sign()] if part == "chain" else [Sign()])
+    steps = [Score(), Language(), Toxicity(), Sign()] if part == "chain" else [Sign()]
+    process = DocumentProcessor(steps, extract_timeout_s=10)
     files = list_files([SourceConfig(name="input", kind="web", path=str(folder / "input"))])
     clock = Clock()
     (folder / "documents").mkdir()
@@ -193,10 +194,10 @@ def explain(found: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     import numpy as np
     import pyarrow.dataset as pads
 
-    from powerhouse.corpora.dedup import signatures_of, similarity
+    from powerhouse.corpora.dedup import read_signatures, similarity
 
     index = pads.dataset(folder / "documents").to_table(columns=["order", "reason", "signature"]).sort_by("order")
-    signatures_NP = signatures_of(index["signature"])
+    signatures_NP = np.concatenate([*read_signatures(index["signature"], np.ones(index.num_rows, dtype=bool))])
     kept = {side: set(answer["kept"]) for side, answer in found.items()}
     twins = {int(row): twin for row, twin in found["powerhouse"]["twins"].items()}
     reasons = index["reason"].to_pylist()

@@ -33,7 +33,7 @@ def measure_curve() -> list[dict[str, float]]:
         signatures = np.stack([dedup.signature(text) for one, other, _ in pairs for text in (one, other)])
         exact = np.array([similarity for *_, similarity in pairs])
         keys = dedup.band_keys(signatures)
-        is_candidate = (keys[::2] == keys[1::2]).any(axis=1)
+        is_candidate = (keys[:, ::2] == keys[:, 1::2]).any(axis=0)
         estimates = dedup.similarity(signatures[::2], signatures[1::2])
         theory = np.mean([dedup.detection_probability(similarity) for similarity in exact])
         rows.append(

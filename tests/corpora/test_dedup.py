@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import datasketch
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from planted import near_duplicates
 from powerhouse.corpora import dedup
@@ -31,7 +34,8 @@ def find(texts: list[list[str]], threshold: float = 0.8) -> list[tuple[int, int,
     signatures = np.stack([dedup.signature(text) for text in texts])
     hashes = np.array([dedup.text_hash(text) for text in texts], dtype=np.uint64)
     lengths = np.array([len(text) for text in texts])
-    return [(item.removed, item.kept, item.is_exact) for item in dedup.find_duplicates(signatures, hashes, lengths, threshold)]
+    found = dedup.find_duplicates([signatures], hashes, lengths, threshold)
+    return [(item.removed, item.kept, item.is_exact) for item in found]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.3, 0.6, 1.0])
@@ -72,7 +76,7 @@ def test_two_similar_texts_share_a_band_as_often_as_the_theory_says() -> None:
     left = rng.integers(0, 2**32, (4000, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
     is_equal = rng.random(left.shape) < 0.8
     right = np.where(is_equal, left, rng.integers(0, 2**32, left.shape, dtype=np.uint32))
-    found = (dedup.band_keys(left) == dedup.band_keys(right)).any(axis=1).mean()
+    found = (dedup.band_keys(left) == dedup.band_keys(right)).any(axis=0).mean()
     theory = 1 - (1 - 0.8 ** (dedup.NUM_PERMUTATIONS // dedup.NUM_BANDS)) ** dedup.NUM_BANDS
     assert abs(found - theory) < 0.02
 
@@ -83,8 +87,7 @@ def test_edges_are_stars_around_the_first_of_each_key() -> None:
 
 
 def test_no_documents_give_no_duplicates() -> None:
-    empty = np.empty((0, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
-    assert dedup.find_duplicates(empty, np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64), 0.8) == []
+    assert list(dedup.find_duplicates([], np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64), 0.8)) == []
 
 
 @pytest.mark.parametrize("jaccard", [0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
@@ -92,7 +95,7 @@ def test_planted_near_duplicates_become_candidates_as_often_as_the_theory_says(j
     pairs = near_duplicates(jaccard, 150)
     assert all(exact == pytest.approx(exact_jaccard(one, other), abs=1e-12) for one, other, exact in pairs[:5])
     keys = [dedup.band_keys(np.stack([dedup.signature(text) for text in pair])) for *pair, _ in pairs]
-    num_found = sum(bool((one == other).any()) for one, other in keys)
+    num_found = sum(bool((pair_BN[:, 0] == pair_BN[:, 1]).any()) for pair_BN in keys)
     chances = [dedup.detection_probability(exact) for *_, exact in pairs]
     deviation = math.sqrt(sum(chance * (1 - chance) for chance in chances))  # of a sum of independent draws
     assert abs(num_found - sum(chances)) <= 4 * deviation + 1e-9
@@ -132,18 +135,62 @@ def test_what_datasketchs_index_finds_and_is_similar_enough_is_found_here_too() 
     assert len(expected) > 12
 
 
-def test_signatures_come_out_of_a_column_as_they_went_in() -> None:
+def test_signatures_come_out_of_a_column_as_they_went_in(monkeypatch: pytest.MonkeyPatch) -> None:
     signatures = np.random.default_rng(0).integers(0, 2**32, (7, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
     kind = pa.binary(4 * dedup.NUM_PERMUTATIONS)
     column = pa.chunked_array(
         [pa.array([row.tobytes() for row in part], type=kind) for part in (signatures[:3], signatures[3:])]
     )
-    every = np.ones(len(column), dtype=bool)
-    np.testing.assert_array_equal(dedup.signatures_of(column, every), signatures)
-    np.testing.assert_array_equal(dedup.signatures_of(column.slice(1, 4), every[:4]), signatures[1:5])
-    assert dedup.signatures_of(column.slice(0, 0), every[:0]).shape == (0, dedup.NUM_PERMUTATIONS)
-    odd = np.arange(len(column)) % 2 == 1
-    np.testing.assert_array_equal(dedup.signatures_of(column, odd), signatures[odd])
+    for sliced, start in ((column, 0), (column.slice(1, 4), 1)):
+        here = signatures[start : start + len(sliced)]
+        for is_wanted in (np.ones(len(sliced), dtype=bool), np.arange(len(sliced)) % 2 == 1):
+            for num_rows in (1, 2, 100):
+                monkeypatch.setattr(dedup, "_ROWS_AT_ONCE", num_rows)
+                np.testing.assert_array_equal(np.concatenate([*dedup.read_signatures(sliced, is_wanted)]), here[is_wanted])
+
+
+def found_at_once(signatures: dedup.Signatures, hashes: dedup.U64, lengths: dedup.Indices) -> list[dedup.Duplicate]:
+    """The oracle: the keys of all bands as one array, one graph of all pairs, and each cluster's signatures compared whole."""
+    keys = np.concatenate([hashes[None], dedup.band_keys(signatures)])
+    pairs = [dedup.candidates(row) for row in keys]
+    left, right = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
+    graph = coo_array((np.ones(len(left)), (left, right)), shape=(len(hashes), len(hashes)))
+    labels = connected_components(graph, directed=False)[1]
+    found = []
+    for members in (np.flatnonzero(labels == label) for label in np.flatnonzero(np.bincount(labels) > 1)):
+        left = members[np.lexsort((members, -lengths[members]))]
+        while len(left) > 1:
+            kept, rest = int(left[0]), left[1:]
+            estimate = (signatures[rest] == signatures[kept]).mean(axis=1)
+            is_exact = hashes[rest] == hashes[kept]
+            is_removed = is_exact | (estimate >= 0.8)
+            found += [
+                dedup.Duplicate(int(number), kept, float(value), bool(exact))
+                for number, value, exact in zip(rest[is_removed], estimate[is_removed], is_exact[is_removed], strict=True)
+            ]
+            left = rest[~is_removed]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_band_by_band_out_of_files_gives_what_all_at_once_gives(
+    seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(seed)
+    num_documents = 1500
+    signatures = rng.integers(0, 2**32, (num_documents, dedup.NUM_PERMUTATIONS), dtype=np.uint32)
+    for copy, original in rng.integers(0, num_documents, (600, 2)):  # chains of copies, each changed in up to a third
+        signatures[copy] = signatures[original]
+        signatures[copy, rng.integers(0, dedup.NUM_PERMUTATIONS, rng.integers(0, 40))] = copy
+    signatures[::40, :8] = 7  # a template
+    hashes = rng.integers(0, 10 * num_documents, num_documents).astype(np.uint64)
+    lengths = rng.integers(0, 20, num_documents)
+    expected = found_at_once(signatures, hashes, lengths)
+    monkeypatch.setattr(dedup, "_ROWS_AT_ONCE", 7)
+    parts = np.split(signatures, np.sort(rng.integers(0, num_documents, 5)))
+    assert list(dedup.find_duplicates(parts, hashes, lengths, 0.8, tmp_path)) == expected
+    assert 200 < len(expected) < 1000
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_a_large_cluster_of_unlike_texts_the_copies_go_and_each_is_like_one_that_is_kept() -> None:
@@ -153,7 +200,7 @@ def test_of_a_large_cluster_of_unlike_texts_the_copies_go_and_each_is_like_one_t
     signatures[1::2] = signatures[::2]
     signatures[1::2, 20:30] = 5
     hashes = np.arange(num_members, dtype=np.uint64)
-    found = dedup.find_duplicates(signatures, hashes, np.full(num_members, 9), 0.8)
+    found = list(dedup.find_duplicates([signatures], hashes, np.full(num_members, 9), 0.8))
     assert sorted((item.removed, item.kept) for item in found) == [(odd, odd - 1) for odd in range(1, num_members, 2)]
     assert all(item.similarity == pytest.approx(102 / 112) for item in found)
 

@@ -57,7 +57,8 @@ class AuditBias:
     name = "bias"
 
     def __call__(self, index: pa.Table) -> Outcome:
-        index = index.filter(pc.is_valid(index["identities"]))
+        names = [name for name in ("identities", "reason", "source", *_TOXICITY.values()) if name in index.column_names]
+        index = index.select(names).filter(pc.is_valid(index["identities"]))
         if not index.num_rows:
             return Outcome()
         is_removed = pc.is_valid(index["reason"]).to_numpy()
@@ -76,9 +77,8 @@ def _parts(index: pa.Table) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
     for number, name in enumerate(GROUPS):
         yield f"names {name}", (identities >> number & 1) > 0
     yield "names no group", identities == 0
-    sources = np.array(index["source"].to_pylist())
-    for source in dict.fromkeys(sources.tolist()):
-        yield f"source {source}", sources == source
+    for source in pc.unique(index["source"]).to_pylist():
+        yield f"source {source}", pc.equal(index["source"], source).to_numpy()
 
 
 def _describe(is_in: Any, is_removed: Any, toxicity: dict[str, Any], overall: float) -> dict[str, Any]:

@@ -6,13 +6,21 @@ Two documents are candidates when one band of their signatures is equal, or thei
 92% of the pairs with Jaccard similarity 0.8 and 5% of those with 0.5. A candidate is removed only if its own similarity
 to a document that is kept reaches the threshold: never by a chain of others, which on text with shared templates removes almost
 everything.
+
+Signatures and keys lie in files that are mapped into memory, and are looked at one band at a time and some rows at a time: what
+has to fit into memory is some 100 bytes for each document, whatever the length of its signature.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +38,7 @@ NUM_PERMUTATIONS = 112
 NUM_BANDS = 14
 _NGRAM_WORDS = 5
 _MAX_KEPT = 1000
+_ROWS_AT_ONCE = 2**14
 _SEED = 1
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -38,7 +47,7 @@ Signatures = npt.NDArray[np.uint32]
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Duplicate:
     """A document to remove: numbers of it and of the kept one, and the estimated similarity of the two."""
 
@@ -71,16 +80,15 @@ def similarity(signatures_NP: Signatures, others_NP: Signatures) -> npt.NDArray[
     return np.asarray((signatures_NP == others_NP).mean(axis=-1))
 
 
-def signatures_of(column: pa.ChunkedArray, is_wanted_N: npt.NDArray[np.bool_]) -> Signatures:
-    """Give the wanted of a column of signatures, none of them null, as an array, [N, P]; it is the only copy that is made."""
-    signatures_NP = np.empty((int(is_wanted_N.sum()), NUM_PERMUTATIONS), dtype=np.uint32)
-    start = filled = 0
+def read_signatures(column: pa.ChunkedArray, is_wanted_N: npt.NDArray[np.bool_]) -> Iterator[Signatures]:
+    """Yield the wanted of a column of signatures, none of them null, some at a time."""
+    start = 0
     for chunk in column.cast(pa.binary(4 * NUM_PERMUTATIONS)).chunks:
-        here_NP = np.frombuffer(chunk.buffers()[1], dtype=np.uint32).reshape(-1, NUM_PERMUTATIONS)
-        wanted_NP = here_NP[chunk.offset : chunk.offset + len(chunk)][is_wanted_N[start : start + len(chunk)]]
-        signatures_NP[filled : filled + len(wanted_NP)] = wanted_NP
-        start, filled = start + len(chunk), filled + len(wanted_NP)
-    return signatures_NP
+        here_NP = np.frombuffer(chunk.buffers()[1], dtype=np.uint32).reshape(-1, NUM_PERMUTATIONS)[chunk.offset :]
+        for first in range(0, len(chunk), _ROWS_AT_ONCE):
+            last = min(first + _ROWS_AT_ONCE, len(chunk))
+            yield here_NP[first:last][is_wanted_N[start + first : start + last]]
+        start += len(chunk)
 
 
 def detection_probability(jaccard: float) -> float:
@@ -89,30 +97,57 @@ def detection_probability(jaccard: float) -> float:
 
 
 def band_keys(signatures_NP: Signatures) -> U64:
-    """Hash each band with its number, [N, B]: equal keys mark candidates."""
-    num_documents = len(signatures_NP)
-    bands_NBV = signatures_NP.reshape(num_documents, NUM_BANDS, NUM_PERMUTATIONS // NUM_BANDS)
-    keys_NB = np.broadcast_to(np.arange(NUM_BANDS, dtype=np.uint64) * _MIX, (num_documents, NUM_BANDS)).copy()
-    for value in range(bands_NBV.shape[2]):
-        keys_NB = (keys_NB ^ bands_NBV[:, :, value].astype(np.uint64)) * _MIX
-        keys_NB ^= keys_NB >> np.uint64(29)
-    return keys_NB
+    """Hash each band with its number, [B, N]: equal keys mark candidates."""
+    return np.stack([_hash_band(signatures_NP[:, _columns(band)], band) for band in range(NUM_BANDS)])
 
 
-def find_duplicates(signatures_NP: Signatures, hashes_N: U64, lengths_N: Indices, threshold: float) -> list[Duplicate]:
-    """Give what to remove of N documents with these signatures, text hashes and lengths."""
-    left, right = candidates(np.concatenate([hashes_N[:, None], band_keys(signatures_NP)], axis=1))
-    groups = clusters(len(hashes_N), left, right)
-    return [found for group in groups for found in choose(group, signatures_NP, hashes_N, lengths_N, threshold)]
+def _columns(band: int) -> slice:
+    num_values = NUM_PERMUTATIONS // NUM_BANDS
+    return slice(band * num_values, (band + 1) * num_values)
 
 
-def candidates(keys_NK: U64) -> tuple[Indices, Indices]:
-    """Join the documents that share a key in one of the columns; the work of one column needs no other."""
-    pairs = []
-    for keys_N in keys_NK.T:
-        documents = np.argsort(keys_N, kind="stable")
-        pairs.append(edges(keys_N[documents], documents))
-    return np.concatenate([left for left, _ in pairs]), np.concatenate([right for _, right in pairs])
+def _hash_band(values_NV: Signatures, band: int) -> U64:
+    keys_N = np.full(len(values_NV), band, dtype=np.uint64) * _MIX
+    for values_N in values_NV.T:
+        keys_N = (keys_N ^ values_N.astype(np.uint64)) * _MIX
+        keys_N ^= keys_N >> np.uint64(29)
+    return keys_N
+
+
+def find_duplicates(
+    signatures: Iterable[Signatures], hashes_N: U64, lengths_N: Indices, threshold: float, folder: Path | None = None
+) -> Iterator[Duplicate]:
+    """Yield what to remove of N documents with these signatures, text hashes and lengths.
+
+    The signatures come some at a time; `folder`, or else the system's folder for such files, has to have room for 560 bytes of
+    each document.
+    """
+    num_documents = len(hashes_N)
+    if not num_documents:
+        return
+    with ExitStack() as stack:
+        signatures_NP, keys_BN = (
+            _map_scratch(stack.enter_context(tempfile.TemporaryFile(dir=folder)), kind, shape)
+            for kind, shape in ((np.uint32, (num_documents, NUM_PERMUTATIONS)), (np.uint64, (NUM_BANDS, num_documents)))
+        )
+        filled = 0
+        for some_NP in signatures:
+            rows = slice(filled, filled + len(some_NP))
+            signatures_NP[rows], keys_BN[:, rows] = some_NP, band_keys(some_NP)
+            filled += len(some_NP)
+        assert filled == num_documents, "every document has a signature"
+        for group in clusters(num_documents, map(candidates, [hashes_N, *keys_BN])):
+            yield from choose(group, signatures_NP, hashes_N, lengths_N, threshold)
+
+
+def _map_scratch(file: Any, kind: Any, shape: tuple[int, int]) -> Any:
+    return np.asarray(np.memmap(file, kind, "w+", shape=shape))  # a memmap itself takes long to index
+
+
+def candidates(keys_N: U64) -> tuple[Indices, Indices]:
+    """Join the documents that share a key."""
+    documents = np.argsort(keys_N, kind="stable")
+    return edges(keys_N[documents], documents)
 
 
 def edges(sorted_keys: U64, documents: Indices) -> tuple[Indices, Indices]:
@@ -122,15 +157,24 @@ def edges(sorted_keys: U64, documents: Indices) -> tuple[Indices, Indices]:
     return documents[first_of_row[~is_first]], documents[~is_first]
 
 
-def clusters(num_documents: int, left: Indices, right: Indices) -> list[Indices]:
-    """Give the connected components with more than one document, each as ascending numbers."""
-    if not len(left):
-        return []
-    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(num_documents, num_documents))
-    _, labels = connected_components(graph, directed=False)
-    order = np.argsort(labels, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return [group for group in groups if len(group) > 1]
+def clusters(num_documents: int, pairs: Iterable[tuple[Indices, Indices]]) -> Iterator[Indices]:
+    """Yield the connected components with more than one document, each as ascending numbers, by their first.
+
+    The pairs of one band are forgotten before those of the next come: what they join has one label from then on.
+    """
+    labels_N = np.arange(num_documents, dtype=np.int32 if num_documents < 2**31 else np.int64)
+    for left, right in pairs:
+        one, other = labels_N[left], labels_N[right]
+        is_new = one != other
+        if is_new.any():
+            ends = (one[is_new], other[is_new])
+            graph = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(num_documents, num_documents))
+            labels_N = connected_components(graph, directed=False)[1][labels_N]
+    members = np.flatnonzero(np.bincount(labels_N)[labels_N] > 1)
+    members = members[np.argsort(labels_N[members], kind="stable")]
+    starts = np.flatnonzero(np.diff(labels_N[members], prepend=-1))
+    for start, stop in pairwise([*starts.tolist(), len(members)]):
+        yield members[start:stop]
 
 
 def choose(members: Indices, signatures_NP: Signatures, hashes: U64, lengths: Indices, threshold: float) -> list[Duplicate]:
@@ -148,29 +192,52 @@ def choose(members: Indices, signatures_NP: Signatures, hashes: U64, lengths: In
         if len(left) < 2:
             break
         kept, rest = int(left[0]), left[1:]
-        estimate = similarity(signatures_NP[rest], signatures_NP[kept])
-        is_exact = hashes[rest] == hashes[kept]
-        is_removed = is_exact | (estimate >= threshold)
+        estimate, is_exact, is_removed = _compare(signatures_NP, hashes, left[:1], rest, threshold)
         found = zip(rest[is_removed], estimate[is_removed], is_exact[is_removed], strict=True)
         removed += [Duplicate(int(number), kept, float(value), bool(exact)) for number, value, exact in found]
         left = rest[~is_removed]
     return removed
 
 
+def _compare(signatures_NP: Signatures, hashes: U64, one: Indices, other: Indices, threshold: float) -> tuple[Any, Any, Any]:
+    """Give of each pair, or of one and each other, the estimated similarity, whether the texts are equal, and whether alike."""
+    estimate = np.empty(len(other))
+    for start in range(0, len(other), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        estimate[part] = similarity(signatures_NP[one[part] if len(one) > 1 else one], signatures_NP[other[part]])
+    is_exact = hashes[one] == hashes[other]
+    return estimate, is_exact, is_exact | (estimate >= threshold)
+
+
 def _choose_by_band(ordered: Indices, signatures_NP: Signatures, hashes: U64, threshold: float) -> list[Duplicate]:
     """Remove the members like a kept one that comes first in one of their bands; the best come first."""
-    left, right = candidates(np.concatenate([hashes[ordered, None], band_keys(signatures_NP[ordered])], axis=1))
-    first, later = ordered[left], ordered[right]
-    estimate = similarity(signatures_NP[first], signatures_NP[later])
-    is_exact = hashes[first] == hashes[later]
-    is_alike = is_exact | (estimate >= threshold)
-    by_place = np.flatnonzero(is_alike)[np.argsort(right[is_alike], kind="stable")]
+    alike = [
+        _alike_by_key(keys, ordered, signatures_NP, hashes, threshold) for keys in _keys_of(ordered, signatures_NP, hashes)
+    ]
+    left, right, estimate, is_exact = (np.concatenate(column) for column in zip(*alike, strict=True))
     removed: dict[int, Duplicate] = {}
-    for edge in by_place.tolist():
-        kept, number = int(first[edge]), int(later[edge])
+    for edge in np.argsort(right, kind="stable").tolist():
+        kept, number = int(ordered[left[edge]]), int(ordered[right[edge]])
         if kept not in removed and number not in removed:
             removed[number] = Duplicate(number, kept, float(estimate[edge]), bool(is_exact[edge]))
     return list(removed.values())
+
+
+def _keys_of(rows: Indices, signatures_NP: Signatures, hashes: U64) -> Iterator[U64]:
+    """Yield the keys of some documents, one kind after the other."""
+    yield hashes[rows]
+    starts = range(0, len(rows), _ROWS_AT_ONCE)
+    for band in range(NUM_BANDS):
+        values = (signatures_NP[rows[start : start + _ROWS_AT_ONCE], _columns(band)] for start in starts)
+        yield np.concatenate([_hash_band(values_NV, band) for values_NV in values])
+
+
+def _alike_by_key(keys: U64, ordered: Indices, signatures_NP: Signatures, hashes: U64, threshold: float) -> tuple[Any, ...]:
+    left, right = candidates(keys)
+    if not len(left):
+        return left, right, np.empty(0), np.empty(0, dtype=bool)
+    estimate, is_exact, is_alike = _compare(signatures_NP, hashes, ordered[left], ordered[right], threshold)
+    return left[is_alike], right[is_alike], estimate[is_alike], is_exact[is_alike]
 
 
 class Sign:
@@ -188,9 +255,10 @@ class RemoveDuplicates:
 
     name = "duplicates"
 
-    def __init__(self, threshold: float, max_source_share: float) -> None:
+    def __init__(self, threshold: float, max_source_share: float, folder: Path | None = None) -> None:
         self._threshold = threshold
         self._max_source_share = max_source_share
+        self._folder = folder
 
     def __call__(self, index: pa.Table) -> Outcome:
         removals = list(self._remove(index))
@@ -220,19 +288,20 @@ class RemoveDuplicates:
         ]
 
     def _remove(self, index: pa.Table) -> Iterator[Removal]:
-        is_accepted = pc.is_null(index["reason"])
-        rows = np.flatnonzero(is_accepted.to_numpy())
-        accepted = index.select(["doc_id", "text_hash", "num_chars"]).filter(is_accepted)
-        doc_ids, hashes_N, lengths_N = (accepted[name].to_numpy() for name in accepted.column_names)
-        signatures_NP = signatures_of(index["signature"], is_accepted.to_numpy())
-        for found in find_duplicates(signatures_NP, hashes_N, lengths_N, self._threshold):
+        is_accepted = pc.is_null(index["reason"]).to_numpy()
+        rows = np.flatnonzero(is_accepted)
+        hashes_N, lengths_N = (index[name].to_numpy()[rows] for name in ("text_hash", "num_chars"))
+        signatures = read_signatures(index["signature"], is_accepted)
+        doc_ids = index["doc_id"]
+        for found in find_duplicates(signatures, hashes_N, lengths_N, self._threshold, self._folder):
             reason = "exact_duplicate" if found.is_exact else "near_duplicate"
-            detail = f"{found.similarity:.2f} like {doc_ids[found.kept]}"
-            yield Removal(int(rows[found.removed]), reason, detail, int(rows[found.kept]), found.similarity)
+            row, kept = int(rows[found.removed]), int(rows[found.kept])
+            yield Removal(row, reason, f"{found.similarity:.2f} like {doc_ids[kept]}", kept, found.similarity)
 
 
 def shares_by_source(index: pa.Table, removals: Sequence[Removal]) -> dict[str, float]:
     """Give the share of each source's accepted documents that are removed."""
-    accepted = Counter(index.filter(pc.is_null(index["reason"]))["source"].to_pylist())
-    removed = Counter(index["source"][removal.row].as_py() for removal in removals)
-    return {source: round(removed[source] / count, 4) for source, count in accepted.items()}
+    sources = index["source"]
+    accepted = pc.value_counts(sources.filter(pc.is_null(index["reason"]))).to_pylist()
+    removed = Counter(sources.take(pa.array([removal.row for removal in removals], type=pa.int64())).to_pylist())
+    return {item["values"]: round(removed[item["values"]] / item["counts"], 4) for item in accepted}

@@ -79,7 +79,7 @@ class DocumentStep(Protocol):
     def __call__(self, draft: Draft) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Removal:
     """A document to leave out of the corpus; rows are numbers in the index."""
 

@@ -5,7 +5,7 @@
 
 Every document has a place in one order of the whole corpus, which the names of the input files alone decide. So neither the
 number of workers nor the order in which they finish changes a byte of the result. Text is never shuffled and never on the
-driver, which holds an index of the scores, with a signature of 448 bytes for each document.
+driver, which decides over an index of the scores that lies in a file.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, make_co
 from powerhouse.corpora.verdict import Verdicts, decide, reject_bad_files
 from powerhouse.telemetry import progress
 
+_INDEX = "index.arrow"
 _COLUMNS = ["doc_id", "source", "kind", "path", "offset", "text"]
 
 _ROWS_PER_GROUP = 2**14
@@ -78,16 +79,26 @@ def curate(config: CurateConfig) -> Artifact:
 
 def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -> dict[str, int]:
     connect(config.workers)
-    dataset = _open(documents, list_parts(documents))
-    index = dataset.to_table(columns=[name for name in dataset.schema.names if name != "text"])
+    index = map_index(_open(documents, list_parts(documents)), folder / _INDEX)
     index = reject_bad_files(index, num_files, config.max_bad_file_share)
     weights = {source.name: source.weight for source in config.inputs}
-    verdicts = decide(index, make_corpus_steps(config), config.heldout_share, weights)
+    verdicts = decide(index, make_corpus_steps(config, folder), config.heldout_share, weights)
     _write_splits(config, verdicts, documents, folder)
     report = make_report(verdicts, _read_texts(verdicts, documents), config.quality)
     write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / "report.html", render_page(report))
+    (folder / _INDEX).unlink()
     return _count(report, num_files)
+
+
+def map_index(dataset: pads.Dataset, path: Path) -> pa.Table:
+    """Write every column but the text to a file, and give it mapped into memory: what no step looks at takes none."""
+    columns = [name for name in dataset.schema.names if name != "text"]
+    schema = pa.schema([dataset.schema.field(name) for name in columns])
+    with pa.ipc.new_file(path, schema) as writer:
+        for batch in dataset.to_batches(columns=columns):
+            writer.write_batch(batch)
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def _open(documents: Path, parts: Sequence[Part]) -> pads.Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ _NUM_PAIRS = 8
 _NUM_STEPS = 30
 _NUM_REJECTS_PER_REASON = 2
 _SNIPPET_CHARS = 300
+_COUNTED = ["reason", "num_chars", "split"]
 
 
 def sampled_rows(verdicts: Verdicts) -> list[int]:
@@ -31,7 +31,7 @@ def make_report(verdicts: Verdicts, texts: Mapping[int, str], limits: QualityCon
     """Put the whole report together; `texts` maps the rows of `sampled_rows` to their text."""
     index = verdicts.index
     return {
-        "sources": {name: _funnel(index.filter(pc.equal(index["source"], name))) for name in _distinct(index["source"])},
+        "sources": dict(_funnels(index)),
         "total": _funnel(index),
         "histograms": dict(_histograms(index, limits)),
         **verdicts.sections,
@@ -44,13 +44,18 @@ def make_report(verdicts: Verdicts, texts: Mapping[int, str], limits: QualityCon
     }
 
 
+def _funnels(index: pa.Table) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in pc.unique(index["source"]).to_pylist():
+        yield name, _funnel(index.select(_COUNTED).filter(pc.equal(index["source"], name)))
+
+
 def _funnel(index: pa.Table) -> dict[str, Any]:
-    counts = Counter(reason for reason in index["reason"].to_pylist() if reason is not None)
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(index["reason"].drop_null()).to_pylist()}
     out: dict[str, Any] = {"documents": index.num_rows, "chars": pc.sum(index["num_chars"]).as_py()}
     out["removed"] = dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
     for split in ("train", "heldout"):
-        part = index.filter(pc.equal(index["split"], split))
-        out[split] = {"documents": part.num_rows, "chars": pc.sum(part["num_chars"]).as_py() or 0}
+        chars = index["num_chars"].filter(pc.equal(index["split"], split))
+        out[split] = {"documents": len(chars), "chars": pc.sum(chars).as_py() or 0}
     return out
 
 
@@ -93,16 +98,16 @@ def _sample_pairs(verdicts: Verdicts) -> list[Removal]:
 
 def _sample_rejects(verdicts: Verdicts) -> dict[str, list[int]]:
     """The documents of each reason with the lowest ids, which are hashes: a random choice that is the same on every run."""
-    rows: dict[str, list[tuple[int, int]]] = {}
-    ids = verdicts.index["doc_id"].to_pylist()
-    for row, reason in enumerate(verdicts.index["reason"].to_pylist()):
-        if reason is not None:
-            rows.setdefault(reason, []).append((ids[row], row))
-    return {reason: [row for _, row in sorted(found)[:_NUM_REJECTS_PER_REASON]] for reason, found in sorted(rows.items())}
+    ids, reasons = verdicts.index["doc_id"].to_numpy(), verdicts.index["reason"]
+    rows: dict[str, list[int]] = {}
+    for reason in sorted(pc.unique(reasons.drop_null()).to_pylist()):
+        found = np.flatnonzero(pc.fill_null(pc.equal(reasons, reason), False).to_numpy())
+        rows[reason] = found[np.argsort(ids[found], kind="stable")][:_NUM_REJECTS_PER_REASON].tolist()
+    return rows
 
 
 def _bad_files(index: pa.Table) -> list[dict[str, str]]:
-    bad = index.filter(pc.equal(index["reason"], BAD_FILE)).select(["source", "path", "detail"])
+    bad = index.select(["source", "path", "detail"]).filter(pc.equal(index["reason"], BAD_FILE))
     return list({(row["source"], row["path"]): row for row in bad.to_pylist()}.values())
 
 
@@ -112,7 +117,3 @@ def _place(index: pa.Table, row: int) -> dict[str, Any]:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _SNIPPET_CHARS else text[:_SNIPPET_CHARS] + "…"
-
-
-def _distinct(column: pa.ChunkedArray) -> list[str]:
-    return list(dict.fromkeys(column.to_pylist()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Self
 
 import pyarrow as pa
@@ -106,8 +107,8 @@ def make_document_steps(config: DocumentsConfig) -> list[DocumentStep]:
     ]
 
 
-def make_corpus_steps(config: CorpusStepsConfig) -> list[CorpusStep]:
-    """Make the steps of the driver; each sees the reasons that the ones before it gave."""
+def make_corpus_steps(config: CorpusStepsConfig, folder: Path | None = None) -> list[CorpusStep]:
+    """Make the steps of the driver; each sees the reasons that the ones before it gave. `folder` has room for what is large."""
     items = read_items(config.evaluation_sets)
     report = [ReportContamination(items)] if items else []
     lines = [] if config.max_documents_per_line is None else [RemoveLines(config.max_documents_per_line)]
@@ -117,7 +118,7 @@ def make_corpus_steps(config: CorpusStepsConfig) -> list[CorpusStep]:
         CountPersonalData(),
         *report,
         RemoveSameUrls(),
-        RemoveDuplicates(config.duplicate_threshold, config.max_source_duplicate_share),
+        RemoveDuplicates(config.duplicate_threshold, config.max_source_duplicate_share, folder),
         *lines,
     ]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,8 @@ from powerhouse.corpora.process import BAD_FILE
 from powerhouse.errors import InputError
 
 _NUM_NAMED = 5
+SPLITS = ("train", "heldout", "rejects")
+_TRAIN, _HELDOUT, _REJECTS = range(3)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def reject_bad_files(index: pa.Table, num_files: int, max_share: float) -> pa.Ta
     Raises:
         InputError: more than `max_share` of the files are damaged.
     """
-    bad = index.filter(pc.equal(index["reason"], BAD_FILE))
+    bad = index.select(["source", "path", "detail"]).filter(pc.equal(index["reason"], BAD_FILE))
     details = dict(zip(_file_keys(bad), bad["detail"].to_pylist(), strict=True))  # a large file is read in several pieces
     if len(details) > max_share * num_files:
         messages = list(details.values())
@@ -50,9 +51,8 @@ def reject_bad_files(index: pa.Table, num_files: int, max_share: float) -> pa.Ta
         )
     if not details:
         return index
-    columns = zip(_file_keys(index), index["reason"].to_pylist(), index["detail"].to_pylist(), strict=True)
-    final = [(BAD_FILE, details[key]) if key in details else (reason, detail) for key, reason, detail in columns]
-    return _replace(index, reason=[reason for reason, _ in final], detail=[detail for _, detail in final])
+    bad_rows = [(row, details[key]) for row, key in enumerate(_file_keys(index)) if key in details]
+    return _remove(index, [Removal(row, BAD_FILE, detail) for row, detail in bad_rows])
 
 
 def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float, weights: Mapping[str, float]) -> Verdicts:
@@ -74,15 +74,16 @@ def decide(index: pa.Table, steps: Sequence[CorpusStep], heldout_share: float, w
         twins += [removal for removal in outcome.removals if removal.twin is not None]
         if outcome.report:
             sections[step.name] = outcome.report
-    reasons = index["reason"].to_pylist()
     is_heldout = index["doc_id"].to_numpy().astype(np.float64) < heldout_share * 2.0**64
-    splits = np.where([reason is not None for reason in reasons], "rejects", np.where(is_heldout, "heldout", "train"))
-    num_copies = np.where(splits == "train", _num_copies(index, weights), 1)
-    is_unwanted = num_copies == 0
-    splits[is_unwanted], num_copies[is_unwanted] = "rejects", 1
-    index = _remove(index, [Removal(int(row), "mixing_weight") for row in np.flatnonzero(is_unwanted)])
-    _check_not_empty(splits, index["reason"].to_pylist(), heldout_share)
-    index = _replace(index, split=splits.tolist()).append_column("num_copies", pa.array(num_copies))
+    num_copies = np.where(is_heldout, 1, _num_copies(index, weights))
+    is_left = pc.is_null(index["reason"]).to_numpy()
+    index = _remove(index, [Removal(int(row), "mixing_weight") for row in np.flatnonzero(is_left & (num_copies == 0))])
+    is_left &= num_copies > 0
+    num_copies[~is_left] = 1
+    splits = np.where(~is_left, _REJECTS, np.where(is_heldout, _HELDOUT, _TRAIN)).astype(np.int8)
+    _check_not_empty(splits, index["reason"], heldout_share)
+    names = pa.DictionaryArray.from_arrays(pa.array(splits), pa.array(SPLITS)).cast(pa.string())
+    index = index.append_column("split", names).append_column("num_copies", pa.array(num_copies))
     return Verdicts(index, twins, sections, repeated_lines)
 
 
@@ -95,39 +96,51 @@ def _num_copies(index: pa.Table, weights: Mapping[str, float]) -> npt.NDArray[np
 
 
 def _remove(index: pa.Table, removals: Sequence[Removal]) -> pa.Table:
+    """Write the reasons and details of the removals into the index, of two for one row the last."""
     if not removals:
         return index
-    reasons, details = index["reason"].to_pylist(), index["detail"].to_pylist()
-    for removal in removals:
-        reasons[removal.row], details[removal.row] = removal.reason, removal.detail
-    return _replace(index, reason=reasons, detail=details)
+    rows = np.fromiter((removal.row for removal in removals), np.int64, len(removals))
+    order = np.argsort(rows, kind="stable")
+    ordered = [removals[number] for number in order[np.diff(rows[order], append=-1) != 0].tolist()]
+    is_removed = np.zeros(index.num_rows, dtype=bool)
+    is_removed[rows] = True
+    mask = pa.array(is_removed)
+    return _replace(
+        index,
+        reason=pc.replace_with_mask(_whole(index["reason"]), mask, pa.array([item.reason for item in ordered])),
+        detail=pc.replace_with_mask(_whole(index["detail"]), mask, pa.array([item.detail for item in ordered])),
+    )
 
 
-def _check_not_empty(splits: npt.NDArray[np.str_], reasons: list[str | None], heldout_share: float) -> None:
-    counts = Counter(reason for reason in reasons if reason is not None)
-    told = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-    num_kept = len(reasons) - sum(counts.values())
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.cast(pa.string()).chunks) if column.num_chunks else pa.array([], type=pa.string())
+
+
+def _check_not_empty(splits: npt.NDArray[np.int8], reasons: pa.ChunkedArray, heldout_share: float) -> None:
+    counts = pc.value_counts(reasons.drop_null()).to_pylist()
+    told = ", ".join(f"{item['values']} {item['counts']}" for item in sorted(counts, key=lambda item: -item["counts"]))
+    num_kept = reasons.null_count
     if not num_kept:
         raise InputError(
             "the corpus is empty after filtering",
             got=f"{len(reasons)} documents, left out for: {told}",
             do="give other text, or loosen the limits under `quality`",
         )
-    for split, is_asked in (("train", True), ("heldout", heldout_share > 0)):
-        if is_asked and split not in splits:
+    for number, is_asked in ((_TRAIN, True), (_HELDOUT, heldout_share > 0)):
+        if is_asked and not (splits == number).any():
             raise InputError(
-                f"the corpus has no document for {split}",
+                f"the corpus has no document for {SPLITS[number]}",
                 got=f"{num_kept} documents, heldout_share={heldout_share:g}",
                 do="give more text, a smaller chunk_chars, or another heldout_share",
             )
 
 
-def _file_keys(table: pa.Table) -> list[tuple[str, str]]:
-    return list(zip(table["source"].to_pylist(), table["path"].to_pylist(), strict=True))
+def _file_keys(table: pa.Table) -> Iterator[tuple[str, str]]:
+    for batch in table.select(["source", "path"]).to_batches():
+        yield from zip(batch["source"].to_pylist(), batch["path"].to_pylist(), strict=True)
 
 
-def _replace(table: pa.Table, **columns: list[str | None] | list[str]) -> pa.Table:
-    kept = table.drop_columns([name for name in columns if name in table.column_names])
+def _replace(table: pa.Table, **columns: pa.Array) -> pa.Table:
     for name, values in columns.items():
-        kept = kept.append_column(name, pa.array(values, type=pa.string()))
-    return kept
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table
