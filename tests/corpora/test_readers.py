@@ -290,7 +290,7 @@ def test_a_folder_behind_a_uri_is_listed_by_name_and_known_by_its_content() -> N
 
 BAD_URIS = [
     ("nothing://bucket/x", "cannot be listed.*Protocol not known: nothing"),
-    ("memory://nowhere", "no file in memory://nowhere matches"),
+    ("memory://nowhere", "cannot be listed.*FileNotFoundError: /nowhere"),
 ]
 
 

@@ -47,6 +47,11 @@ def wait_for_more_parts(corpus: Path, is_alive: Callable[[], bool]) -> None:
     assert not (corpus.with_name("corpus_documents") / "manifest.json").exists()
 
 
+def files_of(corpus: Path) -> dict[str, int]:
+    """Give the files cut out so far, and when each was written."""
+    return {f"{path.parent.name}/{path.name}": path.stat().st_mtime_ns for path in corpus.glob("*/part-*.parquet")}
+
+
 def kill_driver(config: CurateConfig, storage: Path, address: str, *, with_workers: bool) -> None:
     """Start a job on the cluster and kill it, alone or with all processes that work for it."""
     job = start_job("curate_corpus.py", *job_overrides(config), storage=storage, address=address)
@@ -133,3 +138,28 @@ def test_a_job_killed_whole_then_its_driver_then_a_worker_ends_with_the_same_byt
     (told,) = (record.fields for record in caplog.records if record.message == "documents of an earlier run are kept")  # type: ignore[attr-defined]
     assert told["num_kept"] >= 256 * len(of_second_run), "a worker may end its part after its driver's death"
     assert told["num_kept"] + told["num_scored"] == NUM_FILES
+
+
+def test_a_cut_out_of_stored_scores_that_is_killed_goes_on_from_the_files_that_are_written(
+    cluster: str, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(200):
+        (tmp_path / "in" / f"{number:04d}.txt").write_text(prose(number, 6))
+    inputs = [{"name": "notes", "kind": "other", "path": tmp_path / "in"}]
+    config = curate_config(tmp_path / "in", tmp_path / "corpus", inputs=inputs, num_documents_per_file=2)
+    half = config.model_copy(update={"heldout_share": 0.5})
+    expected = contents(curate(half).path)
+    curate(config)  # another cut out of the same scores
+    job = start_job("curate_corpus.py", *job_overrides(half), storage=tmp_path, address=cluster)
+    while not (config.output / "plan.txt").exists() or not files_of(config.output):
+        assert job.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    job.kill()
+    job.communicate()
+    assert not (config.output / "manifest.json").exists()
+    of_first_run = files_of(config.output)
+    (config.output / "train" / ".part-00000.parquet.1.tmp").write_bytes(b"half")
+    again = curate(half)
+    assert of_first_run.items() < files_of(config.output).items()
+    assert contents(again.path) == expected

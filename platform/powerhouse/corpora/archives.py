@@ -6,12 +6,14 @@ import posixpath
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import BinaryIO
 from urllib.parse import unquote
 
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 from lxml import etree
 
 from powerhouse.corpora.document import RawDocument, Rejection
+from powerhouse.corpora.members import GzipMember, find_warc_member, read_members
 from powerhouse.corpora.opening import check_ratio, open_raw
 from powerhouse.corpora.pages import MAX_PAGE_BYTES, decode_page
 from powerhouse.errors import InputError
@@ -19,21 +21,50 @@ from powerhouse.errors import InputError
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
-def read_warc(location: str) -> Iterator[RawDocument]:
-    """Yield the HTML responses of a .warc or .warc.gz, each at the byte where its record starts in the file."""
+def read_warc(location: str, first: int, last: int | None) -> Iterator[RawDocument]:
+    """Yield the HTML responses of a .warc or .warc.gz, each at the byte where its record starts in the file.
+
+    Of a .warc.gz, in which each record is a member, a piece may be read: the members that begin from byte `first` on and before
+    `last`. In a member of several records the others count on from where it begins.
+    """
     num_records = 0
     with open_raw(location) as file:
-        for record in ArchiveIterator(file, record_types=WarcRecordType.any_type, parse_http=True):
-            num_records += 1
-            if record.record_type == WarcRecordType.response and (page := _response(record)):
-                yield page
-    if not num_records:
+        is_packed = location.lower().endswith(".gz")
+        for start, stream in _members(file, first, last) if is_packed else [(None, file)]:
+            for number, record in enumerate(ArchiveIterator(stream, record_types=WarcRecordType.any_type, parse_http=True)):
+                num_records += 1
+                place = record.stream_pos if start is None else start + number
+                if record.record_type == WarcRecordType.response and (page := _response(place, record)):
+                    yield page
+    if not num_records and first == 0:
         raise InputError(f"{location}: not a WARC file: it has no record", do="leave it out with the glob")
 
 
-def _response(record: WarcRecord) -> RawDocument | None:
+def _members(file: BinaryIO, first: int, last: int | None) -> Iterator[tuple[int, GzipMember]]:
+    """Yield the members that begin in the piece, each with its place.
+
+    Raises:
+        OSError: they do not end where the reader of the next piece will begin.
+    """
+    start = find_warc_member(file, first) if first else 0
+    if start is None:
+        return
+    if first:
+        file.seek(start)
+    for place, member in read_members(file, start, last):
+        yield place, member
+        member.skip()
+        start = place + member.num_packed
+    if last is not None:
+        file.seek(start)
+        following = start if file.read(1) else None
+        if find_warc_member(file, last) != following:
+            raise OSError(f"the records do not follow each other around byte {last}")
+
+
+def _response(offset: int, record: WarcRecord) -> RawDocument | None:
     """Give the page of a response; a document with a rejection for a broken one, nothing for a picture or an error page."""
-    offset, num_expected = record.stream_pos, record.content_length
+    num_expected = record.content_length
     content = record.reader.read(MAX_PAGE_BYTES + 1)
     if len(content) < min(num_expected, MAX_PAGE_BYTES + 1) or record.http_headers is None:
         why = f"{len(content):,} of {num_expected:,} bytes" if record.http_headers is not None else "no HTTP header"

@@ -276,16 +276,13 @@ class RemoveDuplicates:
 
     def _alarms(self, shares: dict[str, float]) -> list[str]:
         """Name the sources that lost more than they may; an alarm is for people, the corpus is made all the same."""
-        lost = {source: share for source, share in shares.items() if share > self._max_source_share}
+        most = self._max_source_share
+        lost = {source: share for source, share in shares.items() if share > most}
         for source, share in lost.items():
-            fields = {"source": source, "removed_share": share, "max_source_duplicate_share": self._max_source_share}
-            make_logger("corpora").warning(
-                "a source loses much of itself as duplicates: look at the pairs", extra={"fields": fields}
-            )
-        return [
-            f"{source}: {share:.0%} removed as duplicates, more than {self._max_source_share:.0%}"
-            for source, share in lost.items()
-        ]
+            fields = {"source": source, "removed_share": share, "max_source_duplicate_share": most}
+            told = "a source loses much of itself as duplicates: look at the pairs"
+            make_logger("corpora").warning(told, extra={"fields": fields})
+        return [f"{source}: {share:.0%} removed as duplicates, more than {most:.0%}" for source, share in lost.items()]
 
     def _remove(self, index: pa.Table) -> Iterator[Removal]:
         is_accepted = pc.is_null(index["reason"]).to_numpy()

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
+from fsspec import AbstractFileSystem
 from pyarrow.fs import FileSelector, FileType, S3FileSystem
 
 from powerhouse.errors import InputError
@@ -58,14 +60,27 @@ def list_remote(uri: str) -> list[RemoteFile]:
     try:
         if uri.startswith(_S3):
             return _list_s3(uri)
-        system, root = fsspec.core.url_to_fs(uri)
-        found = system.find(root, detail=True)
-        return [
-            RemoteFile(path[len(root) :].lstrip("/"), int(info["size"] or 0), system.ukey(path)) for path, info in found.items()
-        ]
+        return _list_fsspec(*fsspec.core.url_to_fs(uri))
     except Exception as error:  # each of fsspec's file systems has errors of its own
         do = "check the URI, the rights, and that the package for this protocol is installed"
         raise InputError(f"{uri} cannot be listed", got=f"{type(error).__name__}: {error}", do=do) from None
+
+
+def _list_fsspec(system: AbstractFileSystem, root: str) -> list[RemoteFile]:
+    found = system.find(root, detail=True)
+    if not found:
+        system.info(root)  # some take a folder that is not there, or a server that is gone, for an empty folder
+    with ThreadPoolExecutor() as pool:  # a page of links, which is a folder over HTTP, tells no sizes
+        known = pool.map(lambda path: found[path] if found[path]["size"] is not None else system.info(path), found)
+    return [
+        RemoteFile(path[len(root) :].lstrip("/"), int(info["size"] or 0), _version(system, path, info))
+        for path, info in zip(found, known, strict=True)
+    ]
+
+
+def _version(system: AbstractFileSystem, path: str, info: dict[str, Any]) -> str:
+    """Give what changes with the file: fsspec's own key is for HTTP that of the address alone."""
+    return " ".join(str(part) for part in (system.ukey(path), *(info.get(name) for name in ("size", "ETag", "Last-Modified"))))
 
 
 def _list_s3(uri: str) -> list[RemoteFile]:
@@ -95,13 +110,47 @@ def open_raw(location: str | Path) -> BinaryIO:
     if "://" not in str(location):
         return Path(location).open("rb")
     if not str(location).startswith(_S3):
-        return io.BufferedReader(fsspec.open(str(location), "rb").open(), _BUFFER_BYTES)  # its own file cannot limit a line
+        return io.BufferedReader(_open_fsspec(str(location)), _BUFFER_BYTES)  # fsspec's own file cannot limit a line
     try:
         system, path = _s3_place(str(location))
         return io.BufferedReader(cast(io.RawIOBase, system.open_input_file(path)), _BUFFER_BYTES)
     except OSError as error:
         do = "give this process the right, or leave it out with the glob"
         raise InputError(f"{location}: not there, or no right to read it", got=error, do=do) from None
+
+
+def _open_fsspec(location: str) -> io.RawIOBase:
+    system, path = fsspec.core.url_to_fs(location)
+    file = system.open(path, "rb")
+    if location.startswith("http"):
+        try:
+            file.seek((file.size or 1) - 1)
+            file.read(1)
+            file.seek(0)
+        except ValueError:  # a server that gives no part of a file
+            return _OneWay(system.open(path, "rb", block_size=0))
+    return cast(io.RawIOBase, file)
+
+
+class _OneWay(io.RawIOBase):
+    """A file that is read from its beginning, and tells so."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return int(self._file.readinto(buffer))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def open_binary(location: str | Path) -> BinaryIO:

@@ -11,7 +11,8 @@ driver, which decides over an index of the scores that lies in a file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray.data
 from pydantic import Field
 
-from powerhouse.artifacts import Artifact, produce, write_atomically
+import powerhouse
+from powerhouse.artifacts import Artifact, produce, replacing, write_atomically
 from powerhouse.config import StoragePath
 from powerhouse.corpora.page import render_page
 from powerhouse.corpora.parts import Part, list_parts, parts_holding
@@ -34,10 +37,11 @@ from powerhouse.corpora.scored import score_documents
 from powerhouse.corpora.session import WorkersConfig, connect, worker_failures
 from powerhouse.corpora.sources import list_files
 from powerhouse.corpora.steps import CorpusStepsConfig, DocumentsConfig, make_corpus_steps
-from powerhouse.corpora.verdict import Verdicts, decide, reject_bad_files
-from powerhouse.telemetry import progress
+from powerhouse.corpora.verdict import SPLITS, Verdicts, decide, reject_bad_files
+from powerhouse.telemetry import make_logger, progress
 
 _INDEX = "index.arrow"
+_PLAN = "plan.txt"
 _COLUMNS = ["doc_id", "source", "kind", "path", "offset", "text"]
 
 _ROWS_PER_GROUP = 2**14
@@ -74,11 +78,13 @@ def curate(config: CurateConfig) -> Artifact:
     # What the documents were made of stands here too: where other workers wrote them, they are the same documents.
     inputs = documents.manifest.inputs | {"documents": documents.manifest.fingerprint}
     num_files = int(documents.manifest.counts["num_files"])
-    return produce(config.output, "corpus", settings, inputs, partial(_make, config, num_files, documents.path))
+    return produce(config.output, "corpus", settings, inputs, partial(_make, config, num_files, documents), can_resume=True)
 
 
-def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -> dict[str, int]:
+def _make(config: CurateConfig, num_files: int, scored: Artifact, folder: Path) -> dict[str, int]:
     connect(config.workers)
+    _keep_files_of(scored, folder)
+    documents = scored.path
     index = map_index(_open(documents, list_parts(documents)), folder / _INDEX)
     index = reject_bad_files(index, num_files, config.max_bad_file_share)
     weights = {source.name: source.weight for source in config.inputs}
@@ -87,8 +93,20 @@ def _make(config: CurateConfig, num_files: int, documents: Path, folder: Path) -
     report = make_report(verdicts, _read_texts(verdicts, documents), config.quality)
     write_atomically(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_atomically(folder / "report.html", render_page(report))
-    (folder / _INDEX).unlink()
+    for name in (_INDEX, _PLAN):
+        (folder / name).unlink()
     return _count(report, num_files)
+
+
+def _keep_files_of(scored: Artifact, folder: Path) -> None:
+    """Remove what another version of this program, or a cut out of other documents, has left, and what is half written."""
+    plan, path = f"{powerhouse.__version__} {scored.manifest.digest}", folder / _PLAN
+    if not path.exists() or path.read_text(encoding="utf-8") != plan:
+        for split in SPLITS:
+            shutil.rmtree(folder / split, ignore_errors=True)
+        write_atomically(path, plan)
+    for half in folder.glob("*/.*.tmp"):
+        half.unlink()
 
 
 def map_index(dataset: pads.Dataset, path: Path) -> pa.Table:
@@ -120,45 +138,62 @@ def _count(report: dict[str, Any], num_files: int) -> dict[str, int]:
 
 
 def _write_splits(config: CurateConfig, verdicts: Verdicts, documents: Path, folder: Path) -> None:
-    """Write each range of the corpus' order as one file of every split that has documents there."""
+    """Write each range of the corpus' order as one file of every split that has documents there, if it is not there already."""
     path = folder / "verdicts.parquet"
     decisions = verdicts.index.select(["order", "reason", "detail", "split", "num_copies"])
     pq.write_table(decisions, path, row_group_size=_ROWS_PER_GROUP)
-    orders = verdicts.index["order"].to_numpy()
-    step = config.num_documents_per_file
-    parts = list_parts(documents)
-    ranges = []
-    for number, some in enumerate(np.split(orders, range(step, len(orders), step))):
-        first, last = int(some[0]), int(some[-1])
-        names = [part.name for part in parts_holding(parts, first, last)]
-        ranges.append({"number": number, "first": first, "last": last, "parts": names})
-    items = ray.data.from_items(ranges, override_num_blocks=len(ranges))
+    every = _plan_ranges(verdicts.index, config.num_documents_per_file, list_parts(documents))
+    ranges = [row for row in every if not all((folder / name).exists() for name in row["files"])]
+    if len(ranges) < len(every):
+        fields = {"num_kept": len(every) - len(ranges), "num_ranges": len(every)}
+        make_logger("corpora").info("files of an earlier run are kept", extra={"fields": fields})
     write = partial(_write_range, documents=documents, folder=folder, repeated_lines=verdicts.repeated_lines)
-    with worker_failures("splits"), progress("files written", len(ranges), "range") as bar:
-        for batch in items.map(write, **config.workers.options()).iter_batches(batch_size=None, batch_format="pyarrow"):
+    with worker_failures("splits"), progress("files written", len(every), "range", initial=len(every) - len(ranges)) as bar:
+        for batch in _in_tasks(write, ranges, config.workers):
             bar.update(batch.num_rows)
     path.unlink()
 
 
-def _write_range(row: dict[str, Any], documents: Path, folder: Path, repeated_lines: npt.NDArray[np.uint64]) -> dict[str, Any]:
+def _in_tasks(write: Any, ranges: list[dict[str, Any]], workers: WorkersConfig) -> Iterator[pa.Table]:
+    if ranges:  # Ray Data knows no type of no rows
+        items = ray.data.from_items(ranges, override_num_blocks=len(ranges))
+        yield from items.map(write, **workers.options()).iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _plan_ranges(index: pa.Table, num_documents: int, parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Give of each range its first and last place in the order, the parts that hold it, and the files that it becomes."""
+    orders = index["order"].to_numpy()
+    starts = np.arange(0, len(orders), num_documents)
+    counts = {split: np.add.reduceat(pc.equal(index["split"], split).to_numpy(), starts, dtype=np.int64) for split in SPLITS}
+    ranges = []
+    for number, start in enumerate(starts.tolist()):
+        first, last = int(orders[start]), int(orders[min(start + num_documents, len(orders)) - 1])
+        names = [part.name for part in parts_holding(parts, first, last)]
+        files = [f"{split}/part-{number:05d}.parquet" for split in SPLITS if counts[split][number]]
+        ranges.append({"first": first, "last": last, "parts": names, "files": files})
+    return ranges
+
+
+def _write_range(row: dict[str, Any], documents: Path, folder: Path, repeated_lines: npt.NDArray[np.uint64]) -> dict[str, int]:
     is_here = (pads.field("order") >= row["first"]) & (pads.field("order") <= row["last"])
     parts = [Part.of(Path(name)) for name in row["parts"]]
     texts = _open(documents, parts).to_table(columns=["order", *_COLUMNS], filter=is_here)
     verdicts = pads.dataset(folder / "verdicts.parquet").to_table(filter=is_here)
     splits = verdicts["split"].to_numpy()
-    for split in ("train", "heldout", "rejects"):
+    for name in row["files"]:
+        split = name.partition("/")[0]
         rows = np.repeat(np.flatnonzero(splits == split), verdicts["num_copies"].to_numpy()[splits == split])
         part = texts.select(_COLUMNS).take(rows)
         if split != "rejects" and len(repeated_lines):
             kept = [drop_lines(text, repeated_lines) for text in part["text"].to_pylist()]
             part = part.set_column(_COLUMNS.index("text"), "text", pa.array(kept, type=pa.large_string()))
         if split == "rejects":
-            for name in ("reason", "detail"):
-                part = part.append_column(name, verdicts[name].take(rows))
-        if part.num_rows:
-            (folder / split).mkdir(exist_ok=True)
-            pq.write_table(part.combine_chunks(), folder / split / f"part-{row['number']:05d}.parquet", compression="zstd")
-    return row
+            for column in ("reason", "detail"):
+                part = part.append_column(column, verdicts[column].take(rows))
+        (folder / split).mkdir(exist_ok=True)
+        with replacing(folder / name) as path:
+            pq.write_table(part.combine_chunks(), path, compression="zstd")
+    return {"num_files": len(row["files"])}
 
 
 def _read_texts(verdicts: Verdicts, documents: Path) -> dict[int, str]:

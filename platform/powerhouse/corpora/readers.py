@@ -1,7 +1,7 @@
 """Files in, raw documents out: plain text in chunks, records of tables, web pages, MediaWiki dumps, books as epub.
 
 Every reader is a stream: no file is ever whole in memory, but for a single web page or chapter. Several workers read pieces of
-a large .txt, .jsonl or .parquet; any other file, and what is compressed, is one worker's stream. A bad record is a document
+a large .txt, .jsonl, .parquet, .xml, .xml.bz2 or .warc.gz; any other file is one worker's stream. A bad record is a document
 with a rejection; a file that is damaged, or not what its name says, is an error, told after what could be read of it.
 """
 
@@ -24,6 +24,7 @@ from lxml import etree
 
 from powerhouse.corpora.archives import read_epub, read_warc
 from powerhouse.corpora.document import RawDocument, Rejection
+from powerhouse.corpora.dumps import read_dump
 from powerhouse.corpora.opening import COMPRESSED, ending_of, open_binary
 from powerhouse.corpora.pages import MAX_PAGE_BYTES, check_page
 from powerhouse.corpora.plain import read_plain, seek_line
@@ -41,9 +42,14 @@ class ReadOptions:
     chunk_chars: int = 4000
     text_column: str = "text"
     first: int = 0
-    """First byte of a .txt or .jsonl, or row group of a .parquet, of the piece to read."""
+    """First byte, or row group of a .parquet, of the piece to read."""
     last: int | None = None
     """The one after its last; None for all."""
+
+
+def kind_of(location: str | Path) -> str:
+    """Give the ending that chooses the reader: .xml for articles1.xml-p1p41242.bz2 too, as Wikipedia names parts of a dump."""
+    return ending_of(location).partition("-")[0]
 
 
 Reader = Callable[[str, ReadOptions], Iterator[RawDocument]]
@@ -55,7 +61,7 @@ def reader_of(location: str | Path) -> Reader:
     Raises:
         InputError: no reader knows the ending.
     """
-    ending = ending_of(location).partition("-")[0]  # Wikipedia names the parts of its dumps articles1.xml-p1p41242.bz2
+    ending = kind_of(location)
     if ending not in _READERS:
         allowed = f"{', '.join(_READERS)}, each but .epub and .parquet also with {', '.join(COMPRESSED)}"
         raise InputError(f"{location}: no reader for this kind of file", got=ending, allowed=allowed, do="narrow the glob")
@@ -172,30 +178,6 @@ def _read_html(location: str, _: ReadOptions) -> Iterator[RawDocument]:
     yield check_page(location, content)
 
 
-def _read_dump(location: str, _: ReadOptions) -> Iterator[RawDocument]:
-    num_pages = 0
-    with open_binary(location) as file:
-        events = etree.iterparse(file, tag="{*}page", resolve_entities=False, no_network=True, huge_tree=True)
-        for _event, page in events:
-            num_pages += 1
-            yield _page(page)
-            page.clear()
-            while page.getprevious() is not None:
-                del page.getparent()[0]
-    if not num_pages:
-        raise InputError(f"{location}: not a MediaWiki dump: it has no <page>", do="leave it out with the glob")
-
-
-def _page(page: etree._Element) -> RawDocument:
-    rejection = None
-    if page.find("{*}redirect") is not None:
-        rejection = Rejection("redirect")
-    elif (namespace := page.findtext("{*}ns", "0")) != "0":
-        rejection = Rejection("not_an_article", f"namespace {namespace}")
-    text = page.findtext("{*}revision/{*}text") or ""
-    return RawDocument(int(page.findtext("{*}id", "0")), "wikitext", text, rejection)
-
-
 _READERS: dict[str, Reader] = {
     ".txt": _read_plain,
     ".jsonl": _read_jsonl,
@@ -204,7 +186,7 @@ _READERS: dict[str, Reader] = {
     ".parquet": _read_parquet,
     ".html": _read_html,
     ".htm": _read_html,
-    ".warc": lambda location, _: read_warc(location),
+    ".warc": lambda location, options: read_warc(location, options.first, options.last),
     ".epub": lambda location, _: read_epub(location),
-    ".xml": _read_dump,
+    ".xml": lambda location, options: read_dump(location, options.first, options.last),
 }

@@ -10,6 +10,7 @@ Parts that are there when a killed stage is run again are not scored again, and 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 import powerhouse
 from powerhouse.artifacts import Artifact, produce, write_atomically
@@ -119,16 +121,12 @@ def _score(
     work = sorted(work, key=lambda item: -item.size_bytes)
     rows = [item.row() for item in work]
     max_actors = max(len(work), sum(item.size_bytes for item in work) // _BYTES_PER_TASK)
-    done = (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(_read, fn_args=(config.chunk_chars,), **TABLES, **workers.options())
-        .map_batches(
-            _Processor,
-            fn_constructor_args=(config, folder),
-            **TABLES,
-            **workers.pool(max_actors),
-        )
+    raw = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _read, fn_args=(config.chunk_chars,), **TABLES, **workers.options()
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # 2.60 has no other way to bound the tries of a pool's tasks
+        done = raw.map_batches(_Processor, fn_constructor_args=(config, folder), **TABLES, **workers.pool(max_actors))
     num_read, num_done = 0, num_tasks - len(work)
     with progress("documents scored", None, "document", initial=num_kept) as bar, worker_failures("documents"):
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):

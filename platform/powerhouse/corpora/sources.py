@@ -17,13 +17,14 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from powerhouse.artifacts import MANIFEST, UNFINISHED, Artifact
 from powerhouse.config import Config, storage_root
 from powerhouse.corpora.document import Kind
+from powerhouse.corpora.members import find_bz2_stream, find_warc_member
 from powerhouse.corpora.opening import list_remote, open_raw
 from powerhouse.corpora.plain import SECTION_BYTES
-from powerhouse.corpora.readers import ReadOptions, reader_of
+from powerhouse.corpora.readers import ReadOptions, kind_of, reader_of
 from powerhouse.errors import InputError
 
 PIECE_BYTES = 2**26
-"""A larger .txt, .jsonl or .parquet file is read in pieces of about this size."""
+"""A larger file that can be split is read in pieces of about this size."""
 
 Location = Annotated[
     str,
@@ -89,18 +90,31 @@ def list_files(sources: Sequence[SourceConfig]) -> list[InputFile]:
 
 
 def _pieces(location: str, size_bytes: int) -> Iterator[tuple[int, int | None, int]]:
-    """Give the pieces of a file as first, last and size in bytes; its size alone decides them."""
-    ending = Path(location).suffix.lower()
+    """Give the pieces of a file as first, last and size in bytes; its size and content decide them."""
     num_pieces = -(-size_bytes // PIECE_BYTES)
-    if num_pieces < 2 or ending not in (".txt", ".jsonl", ".parquet"):
+    if num_pieces < 2 or not _can_be_split(location):
         yield 0, None, size_bytes
         return
+    ending = Path(location).suffix.lower()
     unit = SECTION_BYTES if ending == ".txt" else 1
     num_units = _num_row_groups(location) if ending == ".parquet" else -(-size_bytes // unit)
     bounds = [num_units * piece // num_pieces * unit for piece in range(num_pieces + 1)]
     for first, last in pairwise(bounds):
         if last > first:
-            yield first, last, size_bytes // num_pieces
+            yield first, None if last == bounds[-1] else last, size_bytes // num_pieces
+
+
+def _can_be_split(location: str) -> bool:
+    """Tell whether the file's places can be told without reading it from its beginning; a packed one where it is many."""
+    packed, kind = Path(location).suffix.lower(), kind_of(location)
+    find = {(".warc", ".gz"): find_warc_member, (".xml", ".bz2"): find_bz2_stream}.get((kind, packed))
+    if find is None and (packed.partition("-")[0] != kind or kind not in (".txt", ".jsonl", ".parquet", ".xml")):
+        return False
+    try:
+        with open_raw(location) as file:
+            return file.seekable() and (find is None or find(file, 1, PIECE_BYTES) is not None)
+    except (OSError, InputError):
+        return False  # its reader will tell
 
 
 def _num_row_groups(location: str) -> int:
