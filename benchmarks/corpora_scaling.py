@@ -10,7 +10,7 @@ which keeps what it once had, and of the largest worker.
 
 What the driver needs for each document is measured apart, in a process for each number of documents: the decision over the
 index of the largest run, repeated, with random signatures of which a tenth are near-duplicates. Its bytes a document are the
-slope between the numbers.
+slope between the numbers; what lies in files that are mapped into memory is shared, and not counted.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
 
-from measuring import in_own_process, peak_rss_mib
+from measuring import in_own_process
 from powerhouse.artifacts import Artifact
 from powerhouse.corpora.dedup import NUM_PERMUTATIONS
-from powerhouse.corpora.pipeline import CurateConfig, curate
+from powerhouse.corpora.pipeline import CurateConfig, curate, map_index
 from powerhouse.corpora.report import make_report
 from powerhouse.corpora.steps import make_corpus_steps
 from powerhouse.corpora.tokens import TokensConfig, make_tokens
@@ -145,40 +145,42 @@ def fit(rows: list[dict[str, Any]], seconds: Callable[[dict[str, Any]], float]) 
     return {"a_s": float(start), "b_s_per_mb": float(slope), "r2": float(1 - rest @ rest / ((taken - taken.mean()) ** 2).sum())}
 
 
-def write_index(index: Path, path: Path, num_documents: int) -> None:
-    """Write that many documents: those of the index again and again, a tenth of all with the signature of another."""
+def write_index(index: Path, folder: Path, num_documents: int) -> None:
+    """Write that many documents in parts: those of the index again and again, a tenth with the signature of another."""
     table = pq.read_table(index).slice(0, num_documents // 20)
     rng = np.random.default_rng(0)
-    with pq.ParquetWriter(path, table.schema) as writer:
-        for first in range(0, num_documents, len(table)):
-            size = len(table)
-            if first % (10 * size) != size:  # of ten blocks, the second repeats the first
-                signatures = rng.integers(0, 2**32, (size, NUM_PERMUTATIONS), dtype=np.uint32)
-            else:
-                signatures[:, 20:30] = 5
-            fresh = {
-                "order": pa.array(np.arange(first, first + size)),
-                "doc_id": pa.array(rng.integers(0, 2**64, size, dtype=np.uint64)),
-                "text_hash": pa.array(rng.integers(0, 2**64, size, dtype=np.uint64)),
-                "signature": pa.array([row.tobytes() for row in signatures], type=pa.binary(4 * NUM_PERMUTATIONS)),
-            }
-            for name, column in fresh.items():
-                table = table.set_column(table.column_names.index(name), name, column)
-            writer.write_table(table)
+    folder.mkdir()
+    for first in range(0, num_documents, len(table)):
+        size = len(table)
+        if first % (10 * size) != size:  # of ten blocks, the second repeats the first
+            signatures = rng.integers(0, 2**32, (size, NUM_PERMUTATIONS), dtype=np.uint32)
+        else:
+            signatures[:, 20:30] = 5
+        fresh = {
+            "order": pa.array(np.arange(first, first + size)),
+            "doc_id": pa.array(rng.integers(0, 2**64, size, dtype=np.uint64)),
+            "text_hash": pa.array(rng.integers(0, 2**64, size, dtype=np.uint64)),
+            "signature": pa.array([row.tobytes() for row in signatures], type=pa.binary(4 * NUM_PERMUTATIONS)),
+        }
+        for name, column in fresh.items():
+            table = table.set_column(table.column_names.index(name), name, column)
+        pq.write_table(table, folder / f"{first:09d}.parquet")
 
 
 def measure_driver(index: Path, num_documents: int) -> dict[str, float]:
-    """Read the index of that many documents and decide, as curation does; give seconds, and the bytes that this took."""
-    with tempfile.TemporaryDirectory() as temporary:
-        write_index(index, Path(temporary) / "index.parquet", num_documents)
-        before = peak_rss_mib()
-        table = pads.dataset(Path(temporary) / "index.parquet").to_table()
-    config = CurateConfig.model_validate({"inputs": [{"name": "books", "kind": "book", "path": "."}], "output": "."})
-    start = time.monotonic()
-    verdicts = decide(table, make_corpus_steps(config), 0.05, {"books": 1.0})
-    make_report(verdicts, defaultdict(str), config.quality)
-    seconds = time.monotonic() - start
-    return {"seconds": seconds, "index_bytes": table.nbytes, "peak_bytes": (peak_rss_mib() - before) * 2**20}
+    """Map the index of that many documents and decide, as curation does; give seconds, and the bytes that this took."""
+    with tempfile.TemporaryDirectory(dir=index.parent) as temporary, sampled_memory() as peaks:
+        folder = Path(temporary)
+        write_index(index, folder / "index", num_documents)
+        before = _own_bytes(psutil.Process())
+        peaks["driver_bytes"] = 0
+        config = CurateConfig.model_validate({"inputs": [{"name": "books", "kind": "book", "path": "."}], "output": "."})
+        start = time.monotonic()
+        table = map_index(pads.dataset(folder / "index"), folder / "index.arrow")
+        verdicts = decide(table, make_corpus_steps(config, folder), 0.05, {"books": 1.0})
+        make_report(verdicts, defaultdict(str), config.quality)
+        seconds = time.monotonic() - start
+        return {"seconds": seconds, "index_bytes": table.nbytes, "peak_bytes": peaks["driver_bytes"] - before}
 
 
 def show(rows: list[dict[str, Any]], fits: dict[str, dict[str, float]], driver: list[dict[str, float]]) -> None:
@@ -206,10 +208,19 @@ if __name__ == "__main__":
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--megabytes", type=float, default=5.0)
+    parser.add_argument("--index", type=Path, help="measure the driver alone, over this index of documents")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(measure_driver(Path(arguments.case["index"]), arguments.case["num_documents"])))
+        raise SystemExit
+    if arguments.index:
+        cases = [{"index": str(arguments.index), "num_documents": number} for number in NUM_DOCUMENTS]
+        driver = [case | in_own_process(__file__, case) for case in cases]
+        show([], {}, driver)
+        old = json.loads(RESULTS.read_text(encoding="utf-8"))
+        without = [{name: value for name, value in item.items() if name != "index"} for item in driver]
+        RESULTS.write_text(json.dumps(old | {"driver": without}, indent=1) + "\n", encoding="utf-8")
         raise SystemExit
     groups = {"data": 1000.0, "train": 1000.0, "serve": 1000.0}
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")

@@ -114,8 +114,9 @@ def map_index(dataset: pads.Dataset, path: Path) -> pa.Table:
     columns = [name for name in dataset.schema.names if name != "text"]
     schema = pa.schema([dataset.schema.field(name) for name in columns])
     with pa.ipc.new_file(path, schema) as writer:
-        for batch in dataset.to_batches(columns=columns):
+        for batch in dataset.to_batches(columns=columns, batch_size=_ROWS_PER_GROUP, batch_readahead=2, fragment_readahead=2):
             writer.write_batch(batch)
+    pa.default_memory_pool().release_unused()
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
