@@ -9,6 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from powerhouse.corpora import opening, plain, sources
@@ -304,3 +306,8 @@ def test_a_page_of_a_warc_and_a_record_tell_their_address(tmp_path: Path) -> Non
     warc = read(write(tmp_path / "a.warc", warc_record("http://a/", PAGE.encode())))
     lines = read(write(tmp_path / "b.jsonl", b'{"text": "One.", "url": "http://b/"}\n{"text": "Two.", "url": 7}'))
     assert [document.url for document in (*warc, *lines)] == ["http://a/", "http://b/", None]
+    table = pa.table({"url": ["http://c/", None], "text": ["One.", "Two."]})
+    pq.write_table(table, tmp_path / "c.parquet")
+    rows = read(write(tmp_path / "d.csv", b"url,text\nhttp://d/,One.\n,Two.\n"))
+    assert [document.url for document in (*read(tmp_path / "c.parquet"), *rows)] == ["http://c/", None, "http://d/", None]
+    assert [document.content for document in rows] == ["One.", "Two."]

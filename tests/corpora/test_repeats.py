@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from powerhouse.corpora import repeats
 from powerhouse.corpora.document import Draft, RawDocument, Removal
 from powerhouse.corpora.repeats import (
     HashLines,
@@ -115,3 +117,21 @@ def test_documents_left_out_before_neither_count_nor_change() -> None:
     index = index.set_column(0, "reason", pa.array([None, None, "language"], type=pa.string()))
     assert RemoveLines(2)(index).report["lines"] == 0
     assert RemoveLines(1)(index).columns["num_chars"].to_pylist() == [1, 1, 3]
+
+
+def test_lines_are_counted_the_same_some_documents_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    texts = ["\n".join(f"line {chr(97 + number)}" for number in rng.integers(0, 26, 5)) for _ in range(60)]
+    counts = Counter(hash_ for text in texts for hash_ in set(line_hashes(text).tolist()))
+    expected = sorted(hash_ for hash_, count in counts.items() if count > 10)
+    assert 0 < len(expected) < len(counts)
+    outcomes = []
+    for num_rows in (100, 7):
+        monkeypatch.setattr(repeats, "_ROWS_AT_ONCE", num_rows)
+        outcome = RemoveLines(10)(index_of(*texts))
+        assert outcome.repeated_lines is not None
+        assert outcome.repeated_lines.tolist() == expected
+        outcomes.append((outcome.removals, outcome.report, outcome.columns["num_chars"].to_pylist()))
+    assert outcomes[0] == outcomes[1]
+    repeated = np.array(expected, dtype=np.uint64)
+    assert outcomes[0][2] == [len(drop_lines(text, repeated)) for text in texts]

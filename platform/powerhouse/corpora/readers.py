@@ -143,10 +143,10 @@ def _read_csv(location: str, options: ReadOptions) -> Iterator[RawDocument]:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(rows, [])
         _check_column(location, options.text_column, header)
-        column = header.index(options.text_column)
+        column, url = header.index(options.text_column), header.index("url") if "url" in header else None
         for number, row in enumerate(rows):
             if len(row) == len(header):
-                yield RawDocument(number, "text", row[column])
+                yield RawDocument(number, "text", row[column], url=row[url] or None if url is not None else None)
             elif row:
                 yield _bad(number, f"{len(row)} fields, the header has {len(header)}", " ".join(row)[:200])
 
@@ -166,9 +166,12 @@ def _read_parquet(location: str, options: ReadOptions) -> Iterator[RawDocument]:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         groups = range(file.num_row_groups)[options.first : options.last]
         number = sum(sizes[: options.first])
-        for batch in file.iter_batches(_PARQUET_BATCH, row_groups=list(groups), columns=[column]):
-            for text in batch[column].to_pylist():
-                yield _bad(number, f"no text in {column!r}") if text is None else RawDocument(number, "text", text)
+        has_url = "url" in file.schema_arrow.names and pa.types.is_string(file.schema_arrow.field("url").type)
+        names = [column, "url"] if has_url else [column]
+        for batch in file.iter_batches(_PARQUET_BATCH, row_groups=list(groups), columns=names):
+            urls = batch["url"].to_pylist() if has_url else [None] * batch.num_rows
+            for text, url in zip(batch[column].to_pylist(), urls, strict=True):
+                yield _bad(number, f"no text in {column!r}") if text is None else RawDocument(number, "text", text, url=url)
                 number += 1
 
 

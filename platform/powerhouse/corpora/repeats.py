@@ -19,10 +19,14 @@ import xxhash
 from powerhouse.corpora.document import Columns, Draft, Outcome, Removal
 
 U64 = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.int64]
 
 _NUMBER = re.compile(r"\d+")
 _TRACKING = re.compile(r"(?:utm_\w+|gclid|fbclid|msclkid|mc_[ce]id|ref|ref_src)$", re.IGNORECASE)
 _DEFAULT_PORT = re.compile(r":(?:80|443)$")
+_NUM_PARTS = 16
+_PART_SIZE = np.uint64(2**64 // _NUM_PARTS)
+_ROWS_AT_ONCE = 2**14
 _BLANK = 0  # the hash of a line without text
 
 
@@ -92,7 +96,7 @@ class HashLines:
 
 
 class RemoveLines:
-    """The corpus step: which lines stand in more than so many of the documents that are left; 12 bytes of memory a line."""
+    """The corpus step: which lines stand in more than so many of the documents that are left; some 2 bytes of memory a line."""
 
     name = "repeated_lines"
 
@@ -100,27 +104,38 @@ class RemoveLines:
         self._max_documents = max_documents
 
     def __call__(self, index: pa.Table) -> Outcome:
-        rows = np.flatnonzero(pc.is_null(index["reason"]).to_numpy())
-        lines = index["line_hashes"].take(rows).combine_chunks()
-        hashes_L = lines.flatten().to_numpy()
-        chars_L = index["line_chars"].take(rows).combine_chunks().flatten().to_numpy()
-        row_L = np.repeat(rows, pc.list_value_length(lines).to_numpy())
-        repeated = self._find(hashes_L, row_L)
-        is_kept_L = ~np.isin(hashes_L, repeated)
+        repeated = np.concatenate([self._find(index, part) for part in range(_NUM_PARTS)])
         num_chars = index["num_chars"].to_numpy().copy()
-        num_chars[rows] = np.maximum(0, np.bincount(row_L[is_kept_L], chars_L[is_kept_L] + 1, len(num_chars))[rows] - 1)
-        has_text = np.bincount(row_L[is_kept_L & (hashes_L != _BLANK)], minlength=len(num_chars))[rows] > 0
-        removals = [Removal(int(row), "only_repeated_lines") for row in rows[~has_text]]
-        report = {
-            "lines": int((~is_kept_L).sum()),
-            "different_lines": len(repeated),
-            "documents_of_nothing_else": len(removals),
-        }
+        num_lines, removals = 0, list[Removal]()
+        for rows, place_L, hashes_L, chars_L in _read_lines(index):
+            is_kept_L = ~np.isin(hashes_L, repeated)
+            num_lines += int((~is_kept_L).sum())
+            num_chars[rows] = np.maximum(0, np.bincount(place_L[is_kept_L], chars_L[is_kept_L] + 1, len(rows)) - 1)
+            has_text = np.bincount(place_L[is_kept_L & (hashes_L != _BLANK)], minlength=len(rows)) > 0
+            removals += [Removal(int(row), "only_repeated_lines") for row in rows[~has_text]]
+        report = {"lines": num_lines, "different_lines": len(repeated), "documents_of_nothing_else": len(removals)}
         return Outcome(removals, report, {"num_chars": pa.array(num_chars)}, repeated)
 
-    def _find(self, hashes_L: U64, row_L: npt.NDArray[np.int64]) -> U64:
-        order = np.lexsort((row_L, hashes_L))
-        hashes_L, row_L = hashes_L[order], row_L[order]
-        is_again = np.concatenate([[False], (hashes_L[1:] == hashes_L[:-1]) & (row_L[1:] == row_L[:-1])])[: len(order)]
-        found, num_documents = np.unique(hashes_L[~is_again], return_counts=True)
-        return np.asarray(found[(num_documents > self._max_documents) & (found != _BLANK)])
+    def _find(self, index: pa.Table, part: int) -> U64:
+        """Give the repeated lines among those whose hashes lie in one part of all, ascending."""
+        once = []
+        for _, place_L, hashes_L, _ in _read_lines(index):
+            is_here = (hashes_L // _PART_SIZE == part) & (hashes_L != _BLANK)
+            place_L, hashes_L = place_L[is_here], hashes_L[is_here]
+            order = np.lexsort((place_L, hashes_L))
+            place_L, hashes_L = place_L[order], hashes_L[order]
+            is_new = np.concatenate([[True], (hashes_L[1:] != hashes_L[:-1]) | (place_L[1:] != place_L[:-1])])[: len(order)]
+            once.append(hashes_L[is_new])
+        found, num_documents = np.unique(np.concatenate(once), return_counts=True)
+        return np.asarray(found[num_documents > self._max_documents])
+
+
+def _read_lines(index: pa.Table) -> Iterator[tuple[Indices, Indices, U64, npt.NDArray[np.int32]]]:
+    """Yield some of the rows that are left, and of each of their lines its row's place among them, its hash and its length."""
+    first = 0
+    for batch in index.select(["reason", "line_hashes", "line_chars"]).to_batches(max_chunksize=_ROWS_AT_ONCE):
+        rows = np.flatnonzero(pc.is_null(batch["reason"]).to_numpy(zero_copy_only=False))
+        lines, chars = (batch[name].take(pa.array(rows)) for name in ("line_hashes", "line_chars"))
+        place_L = np.repeat(np.arange(len(rows)), pc.list_value_length(lines).to_numpy(zero_copy_only=False))
+        yield rows + first, place_L, lines.flatten().to_numpy(), chars.flatten().to_numpy()
+        first += batch.num_rows
