@@ -20,7 +20,7 @@ def num_faults_of_a_loop() -> int:
 
 def count_faults() -> tuple[int, int]:
     usual = num_faults_of_a_loop()
-    reuse_freed_memory()
+    reuse_freed_memory(largest_bytes=1 << 30, most_bytes=(1 << 31) - 1)
     num_faults_of_a_loop()
     return usual, num_faults_of_a_loop()
 

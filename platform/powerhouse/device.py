@@ -42,13 +42,15 @@ def computes_bfloat16(device_type: str) -> bool:
     return device_type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def reuse_freed_memory() -> None:
+def reuse_freed_memory(largest_bytes: int = 32 << 20, most_bytes: int = 512 << 20) -> None:
     """Let this process keep the memory of freed tensors for the next ones, where the C library can (glibc's mallopt).
 
+    Tensors of up to `largest_bytes` each, up to `most_bytes` in all: less than the loop frees at once is as bad as nothing.
     Otherwise every tensor of some megabytes is mapped anew, and each of its pages is cleared at its first touch: a product of
     256 rows took twice as long.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_TRIM_THRESHOLD, 512 << 20)
+        for limit_bytes in (32 << 20, largest_bytes):  # an older glibc refuses more than the first
+            mallopt(_MMAP_THRESHOLD, limit_bytes)
+        mallopt(_TRIM_THRESHOLD, most_bytes)
