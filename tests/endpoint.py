@@ -12,8 +12,8 @@ import httpx
 import uvicorn
 
 from powerhouse.engine import Engine, EngineConfig
+from powerhouse.engine.streaming import EngineLoop
 from powerhouse.serving.api import make_api
-from powerhouse.serving.engine_loop import EngineLoop
 
 
 def environment() -> dict[str, str]:

@@ -12,8 +12,8 @@ from fastapi import FastAPI
 
 from fakes import tiny_tokenizer, write_tiny_model
 from powerhouse.engine import Engine, EngineConfig, SamplingParams
+from powerhouse.engine.streaming import EngineLoop
 from powerhouse.serving.api import make_api
-from powerhouse.serving.engine_loop import EngineLoop
 
 CONFIG = EngineConfig(device="cpu", num_threads=1, max_num_seqs=2, max_waiting_requests=1)
 WHOLE: dict[str, Any] = {"model": "demo", "prompt": "It was", "max_tokens": 12, "temperature": 0, "ignore_eos": True}

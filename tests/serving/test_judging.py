@@ -15,10 +15,10 @@ from fastapi import FastAPI
 
 from fakes import TEXTS, tiny_decoder, tiny_tokenizer, write_tiny_model
 from powerhouse.engine import Engine, EngineConfig
+from powerhouse.engine.streaming import EngineLoop
 from powerhouse.models.hub import load_decoder, save_model
 from powerhouse.models.kernels import causal_attention
 from powerhouse.serving.api import make_api
-from powerhouse.serving.engine_loop import EngineLoop
 from powerhouse.tokenizer import Tokenizer
 
 CONFIG = EngineConfig(device="cpu", num_threads=1, max_num_seqs=4, max_waiting_requests=8)

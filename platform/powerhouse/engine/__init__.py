@@ -8,6 +8,7 @@ from powerhouse.engine.params import SamplingParams
 from powerhouse.engine.request import Output
 from powerhouse.engine.runner import LocalRunner, PipelineRunner, Runner
 from powerhouse.engine.settings import EngineConfig, SpeculationConfig
+from powerhouse.engine.streaming import EngineLoop, Stream
 from powerhouse.engine.worker import run_stage
 
 __all__ = [
@@ -15,12 +16,14 @@ __all__ = [
     "Constraint",
     "Engine",
     "EngineConfig",
+    "EngineLoop",
     "LocalRunner",
     "Output",
     "PipelineRunner",
     "Runner",
     "SamplingParams",
     "SpeculationConfig",
+    "Stream",
     "TokenLogprobs",
     "run_stage",
 ]

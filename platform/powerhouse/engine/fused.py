@@ -40,11 +40,9 @@ class FusedDecoder(nn.Module):
         self._cos_S1D, self._sin_S1D = self._rope_table(num_positions)
 
     def _rope_table(self, num_positions: int) -> Rope:
-        """Sines of a head's first half are negative: rotated halves are then swapped halves."""
         positions_S = torch.arange(num_positions, device=next(self.parameters()).device)
         config = self.config
         cos_SD, sin_SD = rope_angles(positions_S, config.head_dim, config.rope_theta, config.rope_scaling)
-        sin_SD[:, : config.head_dim // 2].neg_()
         return cos_SD.unsqueeze(1).to(self.dtype), sin_SD.unsqueeze(1).to(self.dtype)
 
     def transform(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:

@@ -10,8 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
 from powerhouse.engine import Output, TokenLogprobs
+from powerhouse.engine.streaming import Stream
 from powerhouse.errors import EngineError, QueueFullError
-from powerhouse.serving.engine_loop import Stream
 from powerhouse.serving.protocol import (
     ChatChoice,
     ChatCompletion,

@@ -19,9 +19,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from powerhouse.engine import SamplingParams
+from powerhouse.engine.streaming import EngineLoop, Stream
 from powerhouse.errors import EngineError, InputError, QueueFullError, RequestError
 from powerhouse.serving.answers import ChatAnswer, CompletionAnswer, describe, whole_completion
-from powerhouse.serving.engine_loop import EngineLoop, Stream
 from powerhouse.serving.protocol import (
     ChatRequest,
     CompletionRequest,

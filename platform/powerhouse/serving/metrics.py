@@ -17,6 +17,9 @@ _GAUGES = {
     "num_requests_running": "Requests that have blocks of the cache.",
     "num_requests_waiting": "Requests that wait for room.",
     "kv_cache_usage_perc": "Share of the cache's blocks in use, 0 to 1.",
+    "num_preemptions": "Requests that gave up their blocks to older ones, since the start.",
+    "prefix_cache_queries": "Tokens looked up in the prefix cache, since the start.",
+    "prefix_cache_hits": "Tokens of these that were found.",
 }
 _COUNTERS = {
     "prompt_tokens_total": "Prompt tokens of requests that got a first token.",

@@ -10,10 +10,10 @@ import ray
 from fastapi import FastAPI
 
 from powerhouse.engine import Engine, PipelineRunner
+from powerhouse.engine.streaming import EngineLoop
 from powerhouse.models.hub import read_config
 from powerhouse.serving.api import make_api
 from powerhouse.serving.config import ServingConfig
-from powerhouse.serving.engine_loop import EngineLoop
 from powerhouse.serving.metrics import make_recorder
 from powerhouse.serving.stage_actor import Stages
 from powerhouse.tokenizer import Tokenizer

@@ -15,7 +15,9 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 
-from powerhouse.engine import Engine, Output, SamplingParams
+from powerhouse.engine.engine import Engine
+from powerhouse.engine.params import SamplingParams
+from powerhouse.engine.request import Output
 from powerhouse.errors import EngineError, RequestError
 from powerhouse.telemetry import Gauge, make_logger
 
@@ -23,6 +25,9 @@ _GAUGES = {
     "num_running": "num_requests_running",
     "num_waiting": "num_requests_waiting",
     "kv_cache_usage": "kv_cache_usage_perc",
+    "num_preemptions": "num_preemptions",
+    "prefix_cache_queries": "prefix_cache_queries",
+    "prefix_cache_hits": "prefix_cache_hits",
 }
 """Name in the engine's stats -> name as a metric."""
 
@@ -30,7 +35,7 @@ _GAUGES = {
 class EngineLoop:
     """Many requests at a time on one engine. Metrics go to `record`, by name."""
 
-    def __init__(self, engine: Engine, record: Gauge) -> None:
+    def __init__(self, engine: Engine, record: Gauge = lambda _name, _value: None) -> None:
         self._engine = engine
         self.tokenizer = engine.tokenizer
         self.max_model_len = engine.max_model_len
@@ -45,15 +50,17 @@ class EngineLoop:
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def submit(self, prompt: str | Sequence[int], params: SamplingParams) -> Stream:
-        """Return once the engine has taken the request.
+    async def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, priority: int = 0, adapter: str | None = None
+    ) -> Stream:
+        """Return once the engine has taken the request; see `Engine.add_request`.
 
         Raises:
             RequestError: it can never be served, or too many are waiting.
             EngineError: the engine has stopped.
         """
         stream = Stream(self)
-        self._inbox.put(partial(self._admit, stream, prompt, params))
+        self._inbox.put(partial(self._admit, stream, prompt, params, priority, adapter))
         # The engine notes its failure before it empties the inbox, so a command put after that sees it here.
         self.check()
         try:
@@ -102,9 +109,11 @@ class EngineLoop:
             self._record_stats()
         return True
 
-    def _admit(self, stream: Stream, prompt: str | Sequence[int], params: SamplingParams) -> None:
+    def _admit(
+        self, stream: Stream, prompt: str | Sequence[int], params: SamplingParams, priority: int, adapter: str | None
+    ) -> None:
         try:
-            self._engine.add_request(prompt, params, stream.request_id)
+            self._engine.add_request(prompt, params, stream.request_id, priority, adapter)
         except RequestError as error:
             stream.push(error)
         else:

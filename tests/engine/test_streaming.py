@@ -12,9 +12,9 @@ from fakes import write_tiny_model
 from powerhouse.engine import Engine, EngineConfig, LocalRunner, Output, Runner, SamplingParams
 from powerhouse.engine.batch import BatchResult
 from powerhouse.engine.stage import Stage
+from powerhouse.engine.streaming import EngineLoop
 from powerhouse.errors import EngineError, QueueFullError, RequestError
 from powerhouse.models.hub import read_config
-from powerhouse.serving.engine_loop import EngineLoop
 from powerhouse.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
