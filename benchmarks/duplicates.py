@@ -34,7 +34,7 @@ from powerhouse.corpora import dedup
 NUM_PAIRS = 400
 THRESHOLD = 0.8
 STEP = 50_000
-NUM_DOCUMENTS = {"files": (500_000, 1_000_000, 2_000_000), "shuffle": (500_000, 1_000_000)}
+NUM_DOCUMENTS = {"shuffle": (1_000_000,), "files": (250_000, 500_000, 1_000_000)}
 NUM_PARTITIONS = 16
 RESULTS = Path(__file__).parent / "results" / "duplicates.json"
 
@@ -132,7 +132,7 @@ def measure_shuffle(num_documents: int) -> dict[str, float]:
 
 def measure_join() -> dict[str, list[dict[str, Any]]]:
     """Give seconds and peak memory of both ways, each number of documents in a process of its own."""
-    found: dict[str, list[dict[str, Any]]] = {"files": [], "shuffle": []}
+    found: dict[str, list[dict[str, Any]]] = {how: [] for how in NUM_DOCUMENTS}
     for how, rows in found.items():
         for num_documents in NUM_DOCUMENTS[how]:
             rows.append({"documents": num_documents} | in_own_process(__file__, {"how": how, "num_documents": num_documents}))
