@@ -157,4 +157,6 @@ def read_bz2(file: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
             text, packed = unpacked.decompress(packed, _SCAN_BYTES), b""
             yield place, text
         place += num_packed - len(unpacked.unused_data)
-        packed = unpacked.unused_data + file.read(_READ_BYTES)
+        packed = unpacked.unused_data
+        if len(packed) < _MAX_MAGIC:
+            packed += file.read(_READ_BYTES)
