@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as peers
 
-from powerhouse.engine.sampler import Penalties, RowSampling, distribution, draw_uniform, sample, seed_of
+from powerhouse.engine.sampler import Penalties, RowSampling, distribution, draw_uniform, likeliest, sample, seed_of
 
 LOGITS_V = torch.tensor([1.0, 3.0, 2.0, 0.0, 2.5])
 NUM_DRAWS = 2000
@@ -144,3 +144,10 @@ def test_answers_to_one_prompt_have_seeds_of_their_own_and_the_first_has_the_req
     seeds = [seed_of(seed, index) for seed in range(20) for index in range(20)]
     assert len(set(seeds)) == 400
     assert [seed_of(seed, 0) for seed in range(20)] == list(range(20))
+
+
+@pytest.mark.parametrize("vocab_size", [192, 200])
+def test_the_likeliest_is_the_first_of_the_largest(vocab_size: int) -> None:
+    logits_BV = torch.randint(-3, 3, (20, vocab_size), generator=torch.Generator().manual_seed(0)).float()
+    logits_BV[3] = float("-inf")
+    assert likeliest(logits_BV).tolist() == [row.index(max(row)) for row in logits_BV.tolist()]

@@ -1,8 +1,7 @@
 """Attention over a paged KV cache (Kwon et al. 2023, section 4.1), in plain torch.
 
 Shapes: T tokens of the batch, B sequences that attend together, Q queries of each, S keys (whole blocks), L layers of this
-stage, N blocks, P tokens in a block, H query heads, K key/value heads, D head width, G = H / K, R = Q x G query rows per
-key/value head, M blocks that are read.
+stage, N blocks, P tokens in a block, H query heads, K key/value heads, D head width, M blocks that are read.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from powerhouse.engine.batch import ForwardBatch
+from powerhouse.engine.kernels import Reach, choose_kernel
 from powerhouse.models.attention import Mask, PositionBias
 from powerhouse.models.decoder import DecoderConfig
 from powerhouse.models.kernels import sdpa_attention
@@ -45,6 +44,7 @@ class PagedCache:
         self.num_kv_heads = config.num_key_value_heads
         self.num_groups = config.num_attention_heads // config.num_key_value_heads
         self.block_size = block_size
+        self.kernel = choose_kernel(device, dtype, config.num_attention_heads, self.num_kv_heads, config.head_dim)
         self.k_LKNPD = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LKNPD = torch.zeros(shape, dtype=dtype, device=device)
 
@@ -88,7 +88,7 @@ class PagedAttention:
         is_fresh = [len(span) > 1 and batch.positions[span.start] == 0 for span in spans]
         self._prompts = [span for span, fresh in zip(spans, is_fresh, strict=True) if fresh]
         self._groups = list(_groups(batch, spans, [i for i, fresh in enumerate(is_fresh) if not fresh], cache))
-        self._biases: dict[int | None, list[Tensor]] = {}  # by window
+        self._reaches: dict[int | None, list[Reach]] = {}  # by window
 
     def __call__(
         self,
@@ -102,43 +102,28 @@ class PagedAttention:
         bias: PositionBias | None = None,
     ) -> Tensor:
         assert bias is None, "no decoder that pages its cache has a position bias"
-        if window not in self._biases:
-            self._biases[window] = [_bias(group, window, self._cache) for group in self._groups]
+        if window not in self._reaches:
+            self._reaches[window] = [self._reach(group, window) for group in self._groups]
         self._cache.write(layer, self._slots_T, k_TKD, v_TKD)
         if len(self._groups) == 1 and self._groups[0].rows_T is None:
-            return self._attend(layer, q_THD, self._groups[0], self._biases[window][0])
+            return self._attend(layer, q_THD, self._groups[0], self._reaches[window][0])
         out_THD = torch.empty_like(q_THD)
         for span in self._prompts:
             q, k, v = (x[None, span.start : span.stop] for x in (q_THD, k_TKD, v_TKD))
             out_THD[span.start : span.stop] = sdpa_attention(q, k, v, Mask(window=window))[0]
-        for group, bias_B1RS in zip(self._groups, self._biases[window], strict=True):
+        for group, reach in zip(self._groups, self._reaches[window], strict=True):
             assert group.rows_T is not None, "a group that is the whole batch is the only one"
-            out_THD.index_copy_(0, group.rows_T, self._attend(layer, q_THD.index_select(0, group.rows_T), group, bias_B1RS))
+            out_THD.index_copy_(0, group.rows_T, self._attend(layer, q_THD.index_select(0, group.rows_T), group, reach))
         return out_THD
 
-    def _attend(self, layer: int, q_THD: Tensor, group: _Group, bias_B1RS: Tensor) -> Tensor:
+    def _attend(self, layer: int, q_THD: Tensor, group: _Group, reach: Reach) -> Tensor:
         k_KBSD, v_KBSD = self._cache.read(layer, group.blocks_M, len(group.positions_BQ))
         q_BQHD = q_THD.view(*group.positions_BQ.shape, *q_THD.shape[1:])
-        attend = decode_attention if q_BQHD.shape[1] == 1 else grouped_attention
-        return attend(q_BQHD, k_KBSD, v_KBSD, bias_B1RS).flatten(0, 1)
+        return self._cache.kernel(q_BQHD, k_KBSD, v_KBSD, reach).flatten(0, 1)
 
-
-def grouped_attention(q_BQHD: Tensor, k_KBSD: Tensor, v_KBSD: Tensor, bias_B1RS: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(D) + bias) V; query heads of one key/value head are rows of one attention, so none is copied."""
-    batch, num_queries, num_heads, width = q_BQHD.shape
-    q_BKRD = q_BQHD.view(batch, num_queries, len(k_KBSD), -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    k_BKSD, v_BKSD = k_KBSD.transpose(0, 1), v_KBSD.transpose(0, 1)
-    out_BKRD = F.scaled_dot_product_attention(q_BKRD, k_BKSD, v_BKSD, attn_mask=bias_B1RS)
-    return out_BKRD.reshape(batch, num_heads, num_queries, width).transpose(1, 2)
-
-
-def decode_attention(q_B1HD: Tensor, k_KBSD: Tensor, v_KBSD: Tensor, bias_B1GS: Tensor) -> Tensor:
-    """The same for one query of each sequence, as two products of many small matrices: faster there than the fused kernel."""
-    num_kv_heads, batch, _, width = k_KBSD.shape
-    q_KBGD = q_B1HD.view(batch, num_kv_heads, -1, width).transpose(0, 1)
-    scores_KBGS = torch.matmul(q_KBGD, k_KBSD.transpose(2, 3)).mul_(width**-0.5).add_(bias_B1GS[:, 0])
-    out_KBGD = torch.matmul(scores_KBGS.softmax(-1), v_KBSD)
-    return out_KBGD.transpose(0, 1).reshape(batch, 1, -1, width)
+    def _reach(self, group: _Group, window: int | None) -> Reach:
+        num_keys = len(group.blocks_M) // len(group.positions_BQ) * self._cache.block_size
+        return Reach(group.positions_BQ, num_keys, window, self._cache.num_groups, self._cache.k_LKNPD.dtype)
 
 
 def _groups(batch: ForwardBatch, spans: Sequence[range], members: Sequence[int], cache: PagedCache) -> Iterator[_Group]:
@@ -166,16 +151,6 @@ def _split(lengths: Sequence[tuple[int, int]], block_size: int) -> list[list[int
             longest = num_blocks
         groups[-1].append(i)
     return [sorted(group) for group in groups]
-
-
-def _bias(group: _Group, window: int | None, cache: PagedCache) -> Tensor:
-    """0 where a query may look, -inf where not [B, 1, R, S]: keys at its position and before, which hides padding too."""
-    batch = len(group.positions_BQ)
-    keys_S = torch.arange(len(group.blocks_M) // batch * cache.block_size, device=group.positions_BQ.device)
-    distance_BQS = group.positions_BQ.unsqueeze(-1) - keys_S
-    is_hidden_BQS = distance_BQS < 0 if window is None else (distance_BQS < 0) | (distance_BQS >= window)
-    bias_BQS = torch.zeros(distance_BQS.shape, dtype=cache.k_LKNPD.dtype, device=keys_S.device)
-    return bias_BQS.masked_fill(is_hidden_BQS, float("-inf")).repeat(1, cache.num_groups, 1).unsqueeze(1)
 
 
 def _pad(blocks: tuple[int, ...], num_blocks: int) -> list[int]:

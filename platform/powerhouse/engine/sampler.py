@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_RUN = 64
+
 
 class Penalties(NamedTuple):
     """What a row's own text takes off its logits."""
@@ -73,13 +75,13 @@ def sample(logits_BV: Tensor, rows: Sequence[RowSampling]) -> list[int]:
     """Choose a token for each row; the logits are left as they are."""
     logits_BV = _adjust(logits_BV, rows)
     if all(row.temperature == 0 for row in rows):
-        greedy: list[int] = logits_BV.argmax(-1).tolist()
+        greedy: list[int] = likeliest(logits_BV).tolist()
         return greedy
     probabilities_BV = _probabilities(logits_BV, rows)
     uniform_B = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits_BV.device)
     chosen = _invert(probabilities_BV, uniform_B)
     is_greedy_B = torch.tensor([row.temperature == 0 for row in rows], device=logits_BV.device)
-    chosen_ids: list[int] = torch.where(is_greedy_B, logits_BV.argmax(-1), chosen).tolist()
+    chosen_ids: list[int] = torch.where(is_greedy_B, likeliest(logits_BV), chosen).tolist()
     return chosen_ids
 
 
@@ -127,6 +129,16 @@ def _adjust_row(logits_V: Tensor, row: RowSampling) -> None:
     if written:
         ids_W, counts_W = torch.tensor(written, device=logits_V.device).T
         logits_V[ids_W] -= presence + frequency * counts_W
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """argmax, the first of equals; in two steps on a CPU, where torch's own took 27 times as long as amax (32 x 49,152)."""
+    num_rows, vocab_size = logits_BV.shape
+    if logits_BV.device.type != "cpu" or vocab_size % _RUN:
+        return logits_BV.argmax(-1)
+    runs_BNR = logits_BV.view(num_rows, -1, _RUN)
+    run_B = runs_BNR.amax(-1).argmax(-1)
+    return run_B * _RUN + runs_BNR[torch.arange(num_rows), run_B].argmax(-1)
 
 
 def _filter(probabilities_FV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
