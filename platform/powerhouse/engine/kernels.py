@@ -124,7 +124,7 @@ def _fault(kernel: GroupKernel, device: torch.device, dtype: torch.dtype, heads:
             mask = Mask(num_past=length - num_queries, window=window)
             k_SKD, v_SKD = (x[:, row, :length].transpose(0, 1).float() for x in (k, v))
             expected = dense_attention(q[row][None].float(), k_SKD[None], v_SKD[None], mask)[0]
-            error = (out[row].float() - expected).abs().max().item()
-            if not error < (1e-4 if dtype == torch.float32 else 3e-2):
-                return f"off by {error:.2g} with {num_queries} queries and the window {window}"
+            gap = (out[row].float() - expected).abs().max().item()
+            if not gap < (1e-4 if dtype == torch.float32 else 3e-2):
+                return f"off by {gap:.2g} with {num_queries} queries and the window {window}"
     return None
