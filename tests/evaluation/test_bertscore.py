@@ -36,9 +36,8 @@ KNOWN = {  # (layer, idf) -> F1 of the examples by bert-score 0.3.13
     (4, False): [0.9857, 0.9349, 0.8099],
     (5, False): [0.9938, 0.9500, 0.8366],
     (5, True): [0.9876, 0.9105, 0.8057],
-    (6, False): [0.9936, 0.9373, 0.7598],
 }
-NUM_TESTED = 50
+NUM_TESTED = 30
 
 
 @pytest.fixture(scope="module")

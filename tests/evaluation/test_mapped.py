@@ -15,7 +15,6 @@ from ray import cloudpickle
 from ray.data.block import BlockAccessor
 
 from powerhouse.errors import InputError
-from powerhouse.evaluation.bleu import Bleu
 from powerhouse.evaluation.mapped import RowMaker, map_statistics
 from powerhouse.evaluation.meteor import Meteor
 from powerhouse.evaluation.metric import Part, merge
@@ -50,15 +49,13 @@ def test_blocks_as_ray_data_makes_them_give_the_rows_to_the_bit(num_references: 
 @pytest.mark.slow
 def test_one_two_and_four_workers_give_the_rows_and_scores_of_one_process_to_the_bit(cluster: None) -> None:
     pairs = random_pairs(60, max_lines=2)
-    for metric in (Bleu(), Rouge()):
-        here = metric.statistics(pairs)
-        for num_workers in (1, 2, 4) if isinstance(metric, Rouge) else (2,):
-            config = PoolConfig(num_actors=num_workers, cpus_per_actor=0.5)
+    here = Rouge().statistics(pairs)
 
-            rows = map_statistics(metric, pairs, config, block_items=7)
+    for num_actors in (1, 2, 4):
+        rows = map_statistics(Rouge(), pairs, PoolConfig(num_actors=num_actors, cpus_per_actor=0.5), block_items=7)
 
-            assert rows.tobytes() == here.tobytes()
-            assert metric.score(rows) == metric.score(here)
+        assert rows.tobytes() == here.tobytes()
+        assert Rouge().score(rows) == Rouge().score(here)
 
 
 @pytest.mark.slow
