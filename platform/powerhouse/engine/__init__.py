@@ -1,5 +1,6 @@
 """Inference: requests in, tokens out. No Ray, no HTTP."""
 
+from powerhouse.engine.batched import AnsweringModel, TextEncoder
 from powerhouse.engine.completion import Completion
 from powerhouse.engine.constraint import Constraint
 from powerhouse.engine.engine import Engine
@@ -12,6 +13,7 @@ from powerhouse.engine.streaming import EngineLoop, Stream
 from powerhouse.engine.worker import run_stage
 
 __all__ = [
+    "AnsweringModel",
     "Completion",
     "Constraint",
     "Engine",
@@ -24,6 +26,7 @@ __all__ = [
     "SamplingParams",
     "SpeculationConfig",
     "Stream",
+    "TextEncoder",
     "TokenLogprobs",
     "run_stage",
 ]
