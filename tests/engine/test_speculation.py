@@ -53,7 +53,8 @@ TIGHT = {"block_size": 4, "num_blocks": 14, "max_num_batched_tokens": 9, "max_nu
 @pytest.mark.parametrize(
     ("params", "tight"),
     [
-        (GREEDY, TIGHT),
+        (replace(GREEDY, max_tokens=12), TIGHT),
+        pytest.param(GREEDY, TIGHT, marks=pytest.mark.slow),
         pytest.param(SAMPLED, TIGHT, marks=pytest.mark.slow),
         pytest.param(GREEDY, {"num_slots": 3}, marks=pytest.mark.slow),
         pytest.param(SAMPLED, {"num_slots": 3}, marks=pytest.mark.slow),
@@ -97,6 +98,7 @@ def test_a_step_gives_all_tokens_that_were_guessed_right_with_their_logprobs(dec
         assert [told.token_id for told in output.logprobs] == list(output.token_ids)
 
 
+@pytest.mark.slow
 def test_answers_are_distributed_as_the_model_says(decoder: Decoder, near: Decoder) -> None:
     """All answers of three tokens out of the two likeliest each time: counts beside the exact probabilities."""
     params = SamplingParams(max_tokens=3, temperature=2.0, top_k=2, seed=5, n=128, ignore_eos=True)

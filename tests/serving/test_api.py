@@ -102,6 +102,25 @@ def test_the_counts_of_a_stream_come_last_when_asked_for(api: FastAPI) -> None:
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
+def test_n_answers_are_choices_whole_and_streamed(api: FastAPI, model: Path) -> None:
+    asked = {"n": 3, "temperature": 1.0, "seed": 3, "max_tokens": 6}
+    params = SamplingParams(n=3, temperature=1.0, seed=3, max_tokens=6, ignore_eos=True)
+    alone = [answer.text for answer in Engine.from_directory(model, CONFIG).generate(["It was"], params)]
+
+    body = complete(api, **asked).json()
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == list(enumerate(alone))
+    assert body["usage"]["completion_tokens"] == 18
+    assert body["usage"]["prompt_tokens"] == len(tiny_tokenizer().encode("It was"))
+
+    lines = events(complete(api, **asked, stream=True, stream_options={"include_usage": True}))
+    *chunks, usage = (json.loads(line) for line in lines[:-1])
+    texts = ["", "", ""]
+    for chunk in chunks:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == alone
+    assert usage["usage"] == body["usage"]
+
+
 def test_a_stop_string_ends_the_text_before_it(api: FastAPI) -> None:
     text = complete(api, max_tokens=40).json()["choices"][0]["text"]
     stop = text[len(text) // 2 :][:2]

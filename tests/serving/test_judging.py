@@ -77,6 +77,15 @@ def test_every_echoed_token_has_the_models_logprob_and_its_rival_and_one_new_tok
     assert answer["usage"]["completion_tokens"] == 3
 
 
+def test_several_answers_to_several_prompts_are_numbered_prompt_by_prompt(api: FastAPI) -> None:
+    asked = {"temperature": 1.0, "max_tokens": 4, "n": 3}
+    alone = [judge(api, row, **asked)["choices"] for row in ROWS]
+    together = judge(api, ROWS, **asked)["choices"]
+    assert [choice["index"] for choice in together] == list(range(9))
+    assert [choice["text"] for choice in together] == [choice["text"] for choices in alone for choice in choices]
+    assert len({choice["text"] for choice in together}) == 9
+
+
 def test_an_answer_does_not_depend_on_what_is_asked_beside_it_or_on_how_the_prompt_is_given(api: FastAPI) -> None:
     texts = [tiny_tokenizer().decode(row) for row in ROWS[:2]]
 

@@ -49,12 +49,14 @@ class Answer:
     async def events(self, wants_usage: bool) -> AsyncIterator[str]:
         """Yield a chunk for every output that has text or is the last; with `wants_usage` one more for the counts."""
         exclude = None if wants_usage else {"usage"}
+        num_written = 0
         try:
             async for output in self.stream.outputs():
+                num_written += len(output.token_ids)
                 if output.text or output.finish_reason:
                     yield _event(self.chunk(output).model_dump_json(exclude=exclude))
             if wants_usage:
-                yield _event(self.counts(usage_of([output])).model_dump_json())
+                yield _event(self.counts(Usage.of(output.num_prompt_tokens, num_written)).model_dump_json())
         except EngineError as error:  # the status line is gone: the error goes where the rest would have been
             yield _event(ErrorBody(error=describe(error)).model_dump_json())
         yield _event("[DONE]")
@@ -76,7 +78,9 @@ class CompletionAnswer(Answer):
         self._wants_logprobs = wants_logprobs
 
     def chunk(self, output: Output) -> Completion:
-        choice = Choice(text=output.text, finish_reason=output.finish_reason, logprobs=self.logprobs([output]))
+        choice = Choice(
+            index=output.index, text=output.text, finish_reason=output.finish_reason, logprobs=self.logprobs([output])
+        )
         return self.completion([choice])
 
     def counts(self, usage: Usage) -> Completion:
@@ -134,8 +138,10 @@ async def whole_completion(answers: Sequence[CompletionAnswer], prompts: Sequenc
         for answer in answers:
             answer.stream.close()
     echoed: Sequence[str | list[int] | None] = prompts or [None] * len(answers)
-    choices = [answer.choice(index, outputs[index], echoed[index]) for index, answer in enumerate(answers)]
-    return answers[0].completion(choices, usage_of([of_answer[-1] for of_answer in outputs]))
+    choices: list[Choice] = []
+    for answer, of_prompt, prompt in zip(answers, outputs, echoed, strict=True):
+        choices += [answer.choice(len(choices) + i, own, prompt) for i, own in enumerate(_by_index(of_prompt))]
+    return answers[0].completion(choices, usage_of(outputs))
 
 
 class ChatAnswer(Answer):
@@ -143,13 +149,16 @@ class ChatAnswer(Answer):
 
     async def whole(self) -> ChatCompletion:
         outputs = await self.outputs()
-        message = ChatMessage(content="".join(output.text for output in outputs))
-        choice = ChatChoice(message=message, finish_reason=outputs[-1].finish_reason)
-        return self._completion("chat.completion", [choice], usage_of(outputs[-1:]))
+        choices = []
+        for index, own in enumerate(_by_index(outputs)):
+            message = ChatMessage(content="".join(output.text for output in own))
+            choices.append(ChatChoice(index=index, message=message, finish_reason=own[-1].finish_reason))
+        return self._completion("chat.completion", choices, usage_of([outputs]))
 
     def chunk(self, output: Output) -> ChatCompletion:
         delta = ChatMessage(content=output.text)
-        return self._completion("chat.completion.chunk", [ChatChoice(delta=delta, finish_reason=output.finish_reason)])
+        choice = ChatChoice(index=output.index, delta=delta, finish_reason=output.finish_reason)
+        return self._completion("chat.completion.chunk", [choice])
 
     def counts(self, usage: Usage) -> ChatCompletion:
         return self._completion("chat.completion.chunk", [], usage)
@@ -170,10 +179,16 @@ def describe(error: Exception) -> ErrorDetail:
     return ErrorDetail(message=str(error), type="invalid_request_error")
 
 
-def usage_of(last_outputs: Sequence[Output]) -> Usage:
+def usage_of(outputs_by_prompt: Sequence[Sequence[Output]]) -> Usage:
     """Tokens of all prompts and all answers of a request."""
-    num_prompt = sum(output.num_prompt_tokens for output in last_outputs)
-    return Usage.of(num_prompt, sum(output.num_output_tokens for output in last_outputs))
+    num_prompt = sum(outputs[-1].num_prompt_tokens for outputs in outputs_by_prompt)
+    return Usage.of(num_prompt, sum(len(output.token_ids) for outputs in outputs_by_prompt for output in outputs))
+
+
+def _by_index(outputs: Sequence[Output]) -> list[list[Output]]:
+    """The outputs of each of the answers to one prompt."""
+    last = max(output.index for output in outputs)
+    return [[output for output in outputs if output.index == index] for index in range(last + 1)]
 
 
 def _event(data: str) -> str:

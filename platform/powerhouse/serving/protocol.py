@@ -1,7 +1,7 @@
 """The wire format of /v1/completions, /v1/chat/completions and /v1/models, as OpenAI's API reference has it.
 
 A field that is not known is refused, as OpenAI does: a misspelt `max_token` is an error and not a silent default. Known
-fields whose effect is not here are taken at the value that asks for nothing (n=1, tools=null, ...) and refused at any
+fields whose effect is not here are taken at the value that asks for nothing (best_of=1, tools=null, ...) and refused at any
 other. null means "not given". Beyond OpenAI, as vLLM has them: `top_k`, `min_p`,
 `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos` and `structured_outputs`. `user` is taken and not used.
 """
@@ -34,6 +34,7 @@ _SAMPLING = (
     "seed",
     "ignore_eos",
     "min_tokens",
+    "n",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
@@ -108,7 +109,7 @@ class _SampledRequest(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    n: Literal[1] | None = None
+    n: int | None = None
     logit_bias: dict[Annotated[int, Strict(False)], float] | None = None  # JSON's keys are strings
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
