@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from distributed import run_on_ranks
-from fakes import write_tiny_model
+from fakes import tiny_config, write_tiny_model
 from powerhouse.artifacts import Artifact
 from powerhouse.models.hub import load_model
 from powerhouse.telemetry import read_metrics
@@ -177,6 +177,17 @@ def test_an_adapter_is_an_artifact_of_its_own_with_the_merged_model_beside_it(
     adapted, merged = load_model(base, adapter=done.path), load_model(done.path / "merged")
     torch.testing.assert_close(merged(ids_BT, positions_T), adapted(ids_BT, positions_T), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(merged(ids_BT, positions_T), load_model(base)(ids_BT, positions_T), atol=1e-2)
+
+
+def test_a_model_that_no_worker_can_hold_is_one_error_that_says_so(cluster: Cluster, node: Any, tmp_path: Path) -> None:
+    shape = tiny_config(num_hidden_layers=2, vocab_size=2**36).model_dump()
+    config = config_in(tmp_path, model=shape, run={"max_failures": 0})
+
+    with job(config, cluster.address) as process:
+        assert process.wait() == 2, said(config)
+
+    assert "error: a worker ran out of memory once" in said(config)
+    assert "do: lower run.micro_batch_rows" in said(config)
 
 
 def test_an_elastic_run_that_loses_a_node_to_a_notice_saves_and_goes_on_with_fewer_workers(
