@@ -69,7 +69,7 @@ def test_any_mix_on_any_engine_gives_what_each_request_gives_alone(
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(Requests, Settings, Aborts)
 def test_any_of_many_mixes_on_any_engine_gives_what_each_request_gives_alone(
     make_engine: MakeEngine,

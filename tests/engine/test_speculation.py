@@ -54,11 +54,8 @@ TIGHT = {"block_size": 4, "num_blocks": 14, "max_num_batched_tokens": 9, "max_nu
     ("params", "tight"),
     [
         (replace(GREEDY, max_tokens=12), TIGHT),
-        pytest.param(GREEDY, TIGHT, marks=pytest.mark.slow),
-        pytest.param(SAMPLED, TIGHT, marks=pytest.mark.slow),
-        pytest.param(GREEDY, {"num_slots": 3}, marks=pytest.mark.slow),
+        pytest.param(replace(SAMPLED, max_tokens=12), TIGHT, marks=pytest.mark.slow),
         pytest.param(SAMPLED, {"num_slots": 3}, marks=pytest.mark.slow),
-        pytest.param(SAMPLED, {}, marks=pytest.mark.slow),
     ],
 )
 def test_answers_are_those_without_speculation_token_for_token(
@@ -76,7 +73,7 @@ def test_answers_are_those_without_speculation_token_for_token(
 
 
 @pytest.mark.slow
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.integers(1, 6), st.sampled_from([1, 3, 8]), st.sampled_from([40, 80]), st.integers(1, 3), st.integers(0, 99))
 def test_a_model_that_drafts_for_itself_is_always_right(
     decoder: Decoder, num_tokens: int, block_size: int, num_blocks: int, num_slots: int, seed: int
