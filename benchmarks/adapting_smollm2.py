@@ -24,13 +24,18 @@ import torch
 from measuring import report
 from powerhouse.config import storage_root
 from powerhouse.corpora.conversations import ConversationsConfig, encode_conversations
-from powerhouse.evaluation.score import Score, make_score, make_signature
-from powerhouse.models.adapters import soft_prompt_of
+from powerhouse.evaluation.asking import Question
+from powerhouse.evaluation.families import PlainDecoder
+from powerhouse.evaluation.labels import Accuracy
+from powerhouse.evaluation.metric import make_pairs
+from powerhouse.evaluation.reading import DecoderRespondent
+from powerhouse.evaluation.score import Score
 from powerhouse.models.decoder import Decoder
 from powerhouse.models.fetch import FetchModelConfig, fetch_model
 from powerhouse.models.hub import load_model
-from powerhouse.models.kernels import causal_attention
+from powerhouse.models.model import Model
 from powerhouse.packages import Package, cache_folder, download, unpack
+from powerhouse.prompting import Template, Verbalizer
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.launch import train_model
@@ -45,7 +50,12 @@ RATINGS = Package(
 )
 FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 CLEAR = 1.0  # of ratings from -4 to 4
-LABELS = (" negative", " positive")
+LABELS = ("negative", "positive")
+PLAIN = Template("Review: {text}\nSentiment: [MASK]")
+CHAT = Template(
+    "The sentiment is [MASK]",
+    user="Is the sentiment of this film review positive or negative? Answer with one word.\n\n{text}",
+)
 METHODS: dict[str, dict[str, Any]] = {
     "prompt tuning": {
         "adapter": {"kind": "prompt", "num_tokens": 10, "text": "Is the review positive or negative?"},
@@ -54,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"adapter": {"kind": "lora", "rank": 8, "alpha": 16}, "lr": 1e-3},
     "full fine-tuning": {"lr": 5e-5},
 }
-ROW_LENGTH, BATCH_ROWS, BATCH_PROMPTS = 257, 1, 16
+ROW_LENGTH, BATCH_ROWS = 257, 1
 Item = tuple[str, int]
 
 
@@ -76,33 +86,21 @@ def read_items(seed: int) -> list[Item]:
     return [items[index] for index in np.random.default_rng(seed).permutation(len(items))]
 
 
-def prompt_of(text: str) -> str:
-    return f"Review: {text}\nSentiment:"
+def pair_of(text: str, label: int) -> dict[str, str]:
+    """What is trained on: the same template, the blank before the word on the word's side."""
+    prompt = PLAIN.fill({"text": text}).before
+    return {"prompt": prompt.rstrip(), "completion": f" {LABELS[label]}"}
 
 
-@torch.inference_mode()
-def rate(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[list[int]], truth: Sequence[int]) -> Score:
-    """Share of the prompts whose true label word is the likelier one."""
-    labels = [tokenizer.encode(label) for label in LABELS]
-    assert all(len(label) == 1 for label in labels), "a label is one token, so its logit alone decides"
-    rows = [[*soft_prompt_of(model), *ids] for ids in prompts]
-    is_right = np.zeros(len(rows))
-    for chosen in np.array_split(np.argsort([len(row) for row in rows]), max(1, len(rows) // BATCH_PROMPTS)):
-        lengths = torch.tensor([len(rows[index]) for index in chosen])
-        ids_BT = torch.tensor([rows[index] + [0] * (int(lengths.max()) - len(rows[index])) for index in chosen])
-        states_BTC = model.transform(ids_BT, torch.arange(ids_BT.shape[1]), causal_attention)
-        logits_BV = model.project(states_BTC[torch.arange(len(chosen)), lengths - 1])  # nothing sees the padding after it
-        guesses = logits_BV[:, [token for [token] in labels]].argmax(dim=1).numpy()
-        is_right[chosen] = guesses == np.array(truth)[chosen]
-    facts = make_signature(metric="accuracy", labels="/".join(LABELS).replace(" ", ""), decision="likelier_of_two_tokens")
-    return make_score(np.stack([is_right, np.ones(len(rows))], axis=1), lambda sums: sums[..., 0] / sums[..., 1], facts)
-
-
-def in_chat(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The question as an instruction-tuned model expects it, with the answer begun."""
-    question = f"Is the sentiment of this film review positive or negative? Answer with one word.\n\n{text}"
-    ids = tokenizer.encode_chat([{"role": "user", "content": question}], add_generation_prompt=True)
-    return ids + tokenizer.encode("The sentiment is")
+def rate(model: Model, tokenizer: Tokenizer, template: Template, items: Sequence[Item]) -> Score:
+    """Share of the sentences whose true label word is the likelier one in the template's slot."""
+    assert isinstance(model, Decoder), "SmolLM2 is one"
+    verbalizer = Verbalizer({word: [word] for word in LABELS})
+    questions = [Question("answers", template.fill({"text": text}), verbalizer.words) for text, _ in items]
+    replies = DecoderRespondent(PlainDecoder(model, tokenizer))(questions)
+    said = [LABELS[int(verbalizer.probabilities(reply["logprobs"]).argmax())] for reply in replies]
+    metric = Accuracy()
+    return metric.score(metric.statistics(make_pairs(said, [LABELS[label] for _, label in items])))["accuracy"]
 
 
 def train(folder: Path, name: str, num_steps: int, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
@@ -136,7 +134,7 @@ def main() -> None:
     fetch_model(FetchModelConfig(name="smollm2-135m-instruct", output=folder / "base"))
     items = read_items(arguments.seed)
     heldout, chosen = items[: arguments.num_heldout], items[arguments.num_heldout :][: arguments.num_train]
-    records = [json.dumps({"prompt": prompt_of(text), "completion": LABELS[label]}) for text, label in chosen]
+    records = [json.dumps(pair_of(text, label)) for text, label in chosen]
     (folder / "train.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     tokens = encode_conversations(
         ConversationsConfig(
@@ -145,21 +143,20 @@ def main() -> None:
     )
     num_steps = int(tokens.manifest.counts["num_rows"]) // BATCH_ROWS
 
-    tokenizer, truth = Tokenizer.load(folder / "base"), [label for _, label in heldout]
-    plain = [tokenizer.encode(prompt_of(text)) for text, _ in heldout]
+    tokenizer = Tokenizer.load(folder / "base")
     base = load_model(folder / "base")
-    chats = [in_chat(tokenizer, text) for text, _ in heldout]
-    rows = [row("zero-shot", 0, 0.0, rate(base, tokenizer, plain, truth))]
-    rows.append(row("zero-shot, asked in chat", 0, 0.0, rate(base, tokenizer, chats, truth)))
+    rows = [row("zero-shot", 0, 0.0, rate(base, tokenizer, PLAIN, heldout))]
+    rows.append(row("zero-shot, asked in chat", 0, 0.0, rate(base, tokenizer, CHAT, heldout)))
     for name in METHODS:
         path, counts = train(folder, name, num_steps, arguments)
         is_adapter = "adapter" in METHODS[name]
         model = load_model(folder / "base", adapter=path) if is_adapter else load_model(path)
-        score = rate(model, tokenizer, plain, truth)
+        score = rate(model, tokenizer, PLAIN, heldout)
         rows.append(row(name, counts.get("trained_parameters", counts["parameters"]), counts["seconds"], score))
     ray.shutdown()
     header = ("method", "trained parameters", "seconds", "accuracy", "low", "high")
-    notes = {"train": len(chosen), "heldout": score.n, "positive heldout": sum(truth), "steps": num_steps,
+    num_positive = sum(label for _, label in heldout)
+    notes = {"train": len(chosen), "heldout": score.n, "positive heldout": num_positive, "steps": num_steps,
              "rows a step": BATCH_ROWS, "signature": score.signature, "settings": METHODS}  # fmt: skip
     report("adapting_smollm2", header, rows, notes)
 

@@ -97,7 +97,7 @@ def judge(arguments: argparse.Namespace, folder: Path, url: str) -> dict[str, di
     runs = (("local-completions", "completions", "choice,write,read", ["--batch_size", "4"]),
             ("local-chat-completions", "chat/completions", "chat", ["--apply_chat_template"]))  # fmt: skip
     for kind, route, names, options in runs:
-        told = f"model=demo,base_url={url}/v1/{route},num_concurrent=1,max_retries=2,max_length=8192"
+        told = f"model=demo,base_url={url}/v1/{route},num_concurrent=1,max_retries=2,max_length={arguments.max_length}"
         command = [arguments.lm_eval, "run", "--model", kind, "--model_args", told, "--include_path", str(folder / "tasks"),
                    "--tasks", *names.split(","), "--output_path", str(folder / kind), *options]  # fmt: skip
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": ""}
@@ -133,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lm-eval", default="lm_eval", help="lm-eval's program")
     parser.add_argument("--num-items", type=int, default=50)
+    parser.add_argument("--max-length", type=int, default=8192, help="context that lm-eval is told of")
     parser.add_argument("--serve", nargs=2, metavar=("MODEL", "PORT"), help="only be the endpoint")
     arguments = parser.parse_args()
     if arguments.serve:

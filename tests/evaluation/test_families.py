@@ -15,11 +15,12 @@ from powerhouse.errors import InputError
 from powerhouse.evaluation.asking import Question, Writing
 from powerhouse.evaluation.families import EncoderDecoderRespondent, EncoderRespondent, PlainDecoder, open_respondent
 from powerhouse.evaluation.reading import DecoderRespondent
-from powerhouse.models.adapters import PromptConfig, adapter_parameters, add_adapter, soft_prompt_of
+from powerhouse.models.adapters import Adapter, PromptConfig, adapter_parameters, add_adapter, soft_prompt_of
 from powerhouse.models.encoder import Encoder, EncoderConfig
 from powerhouse.models.encoder_decoder import T5, T5Config
 from powerhouse.models.generate import GenerationConfig, generate
-from powerhouse.models.hub import save_model
+from powerhouse.models.hub import format_of, load_decoder, save_model
+from powerhouse.models.hugging_face.adapter import save_adapter
 from powerhouse.prompting import Prompt, Template
 from powerhouse.tokenizer import Tokenizer
 
@@ -140,6 +141,21 @@ def test_a_model_writes_what_generate_does_up_to_a_stop_string() -> None:
     assert replies[0]["text"] == whole
     assert replies[-1]["text"] == whole[: whole.index(whole[5:7])]
     assert len(replies) == 4
+
+
+def test_a_soft_prompt_from_training_stands_before_the_same_template(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model")
+    config = PromptConfig(num_tokens=3)
+    vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    adapter = Adapter(config, {"model.embed_tokens.prompt": vectors})
+    model = load_decoder(path)
+    save_adapter(tmp_path / "adapter", adapter, format_of(model.config), model.config, path)
+    adapter.put_into(model)
+
+    replies = open_respondent(path, adapter=tmp_path / "adapter")(ASKED)
+
+    assert replies == DecoderRespondent(PlainDecoder(model, tiny_tokenizer()))(ASKED)
+    assert replies != open_respondent(path)(ASKED)
 
 
 def test_a_directory_of_each_family_answers(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import ray
 from fakes import TEXTS, tiny_tokenizer, write_tiny_model
 from powerhouse import artifacts
 from powerhouse.artifacts import Counts
+from powerhouse.engine import EngineConfig
+from powerhouse.engine.offline import OfflineModel
 from powerhouse.errors import InputError, ModelFormatError
 from powerhouse.evaluation.launch import EvaluationConfig, evaluate_model
 from powerhouse.evaluation.perplexity import nats_of_documents
@@ -72,6 +75,36 @@ def test_actors_give_the_bits_per_byte_of_one_process_beside_both_baselines(conf
     assert low < scores["unigram_bits_per_byte"]["value"] < high
     assert evaluation.manifest.counts["bytes"] == num_bytes
     assert set(evaluation.manifest.inputs) == {"model", "corpus", "tokens"}
+
+
+@pytest.mark.slow
+def test_actors_with_the_engine_answer_tasks_as_the_plain_model_does(
+    config: EvaluationConfig, cluster: None, tmp_path: Path
+) -> None:
+    rows = [{"text": text[:40], "label": label} for text, label in zip(TEXTS * 2, ["good", "bad"] * 3, strict=True)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {"good": ["was"], "bad": ["the"]}
+    label = {"kind": "label", "data": "items.jsonl", "template": "{text} it [MASK]", "labels": words, "target": "label"}
+    read = {"kind": "read", "data": "items.jsonl"}
+    changes = {"corpus": None, "tokens": None, "tasks": {"mood": label, "text": read}, "num_actors": 1}
+    tasks = EvaluationConfig.model_validate(config.model_dump() | changes)
+    open_decoder = partial(OfflineModel, config=EngineConfig(device="cpu", num_threads=1))
+
+    fast = evaluate_model(tasks, open_decoder)
+    slow = evaluate_model(tasks.model_copy(update={"output": tmp_path / "slow"}))
+    too_long = tasks.model_copy(update={"output": tmp_path / "long", "tasks": {"mood": tasks.tasks["mood"].model_copy(
+        update={"template": "{text} " * 20 + "[MASK]"})}})  # fmt: skip
+    with pytest.raises(InputError, match=r"^a prompt is too long for the model\n  got: \d+ tokens"):
+        evaluate_model(too_long, open_decoder)
+
+    scores = [json.loads((evaluation.path / "scores.json").read_text()) for evaluation in (fast, slow)]
+    assert scores[0].keys() == scores[1].keys() > {"mood.accuracy", "text.bits_per_byte"}
+    for name, score in scores[0].items():
+        assert score["value"] == pytest.approx(scores[1][name]["value"], rel=1e-5)
+        assert score["signature"] == scores[1][name]["signature"]
+    assert evaluate_model(tasks, open_decoder).manifest == fast.manifest
+    samples = (fast.path / "samples" / "mood.jsonl").read_text().splitlines()
+    assert [json.loads(line)["item"] for line in samples] == list(range(6))
 
 
 def test_held_out_documents_come_in_the_order_of_their_files_without_the_empty_ones(tmp_path: Path) -> None:

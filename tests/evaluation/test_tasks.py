@@ -206,6 +206,7 @@ def test_an_answer_that_is_not_among_the_choices_is_refused(tmp_path: Path) -> N
         ({"tasks": {"t": SENTIMENT | {"kind": "labels", "data": "x.csv"}}}, "kind"),
         ({"tasks": {"t": SENTIMENT | {"data": "x.csv", "metrics": [{"metric": "acuracy"}]}}}, "acuracy"),
         ({"endpoint": {"url": "http://x/v1", "model": "m"}}, "either model, a directory, or endpoint"),
+        ({"tasks": {"a/b": SENTIMENT | {"data": "x.csv"}}}, "tasks.a/b"),
         ({"corpus": "x"}, "corpus and tokens together"),
         ({}, "tasks, or a corpus with its tokens"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -32,8 +32,8 @@ class EvaluationConfig(PoolConfig):
     """An OpenAI-compatible endpoint in place of a directory."""
     adapter: StoragePath | None = None
     """LoRA or soft prompt in peft's format, put into the model; it then answers in plain torch, not through the engine."""
-    tasks: dict[str, Task] = Field(default={})
-    """Tasks by name."""
+    tasks: dict[Annotated[str, Field(pattern="^[^/]+$")], Task] = Field(default={})
+    """Tasks by name, which also names their files."""
     corpus: StoragePath | None = None
     """Corpus artifact; its held-out documents are scored."""
     tokens: StoragePath | None = None
