@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from fakes import tiny_tokenizer
@@ -13,6 +17,18 @@ def test_a_template_is_cut_at_its_slot_and_data_is_neither_field_nor_slot() -> N
     prompt = Template(FELT + " {{}}").fill({"text": "[MASK] {text} {0}", "more": 1})
 
     assert prompt == Prompt("I felt ", " after the movie: [MASK] {text} {0} {}")
+
+
+def test_the_guides_example_runs() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "prompting.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+
+    exec(found[1], names)
+
+    assert names["prompt"] == Prompt("I felt ", " after the movie: Two hours too long.")
+    assert names["labels"].words == ("happy", "great", "sad")
 
 
 def test_examples_stand_before_the_question_with_their_answers() -> None:
