@@ -154,9 +154,14 @@ class EndpointTokenizer:
         return self._ask({"prompt": "", "add_special_tokens": True, "parse_special": False})
 
     @cached_property
-    def end_of_text_id(self) -> int:
-        name = self._endpoint.get(f"{self._root}/tokenizer_info")["eos_token"]
-        return self._ask({"prompt": name, "add_special_tokens": False})[0]
+    def special_tokens(self) -> dict[str, str]:
+        """Those that the endpoint names."""
+        named = self._endpoint.get(f"{self._root}/tokenizer_info")
+        return {name: token for name, token in named.items() if name.endswith("_token") and token is not None}
+
+    def id_of(self, name: str) -> int:
+        """Id of a named special token."""
+        return self._ask({"prompt": self.special_tokens[name], "add_special_tokens": False})[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of each text alone."""

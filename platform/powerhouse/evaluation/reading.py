@@ -29,8 +29,11 @@ class Encoder(Protocol):
         """What stands before a text in the model's training; it may be nothing."""
 
     @property
-    def end_of_text_id(self) -> int:
-        """What stands after a text."""
+    def special_tokens(self) -> Mapping[str, str]:
+        """Special tokens by their part: eos_token, bos_token where there is one."""
+
+    def id_of(self, name: str, /) -> int:
+        """Id of a named special token."""
 
     def encode_batch(self, texts: Sequence[str], /) -> list[Ids]:
         """Ids without special tokens."""
@@ -95,8 +98,7 @@ class DecoderRespondent:
     def _windows(self, question: Question) -> Iterator[tuple[Ids, int]]:
         """Disjoint windows: each token counts once, and the first of a window comes after the one before it alone."""
         tokenizer = self._model.tokenizer
-        start_ids = tokenizer.start_of_text_ids or [tokenizer.end_of_text_id]
-        ids = [*start_ids[-1:], *tokenizer.encode_batch([question.prompt.before])[0]]
+        ids = [*_start_ids(tokenizer)[-1:], *tokenizer.encode_batch([question.prompt.before])[0]]
         length = min(question.window or self._model.max_length, self._model.max_length)
         for start in range(0, len(ids) - 1, length - 1):
             row = ids[start : start + length]
@@ -106,7 +108,7 @@ class DecoderRespondent:
         tokenizer = self._model.tokenizer
         if prompt.turns:
             return [*tokenizer.encode_chat(prompt.messages, add_generation_prompt=True), *before]
-        return [*tokenizer.start_of_text_ids, *before] or [tokenizer.end_of_text_id]
+        return [*tokenizer.start_of_text_ids, *before] or _start_ids(tokenizer)
 
     def _write(self, prompts: Sequence[Prompt], writing: Writing) -> list[str]:
         rows = []
@@ -128,6 +130,14 @@ class DecoderRespondent:
                 allowed=f"{self._model.max_length} in all",
                 do="give fewer examples, or leave the item out",
             )
+
+
+def _start_ids(tokenizer: Encoder) -> Ids:
+    """What a text comes after that has nothing before it: as in lm-evaluation-harness the token that begins a text, if it has a
+    name, though the model's own training may not have put it there, else the one that ends the text before.
+    """
+    name = "bos_token" if "bos_token" in tokenizer.special_tokens else "eos_token"
+    return tokenizer.start_of_text_ids or [tokenizer.id_of(name)]
 
 
 def _answers_reply(question: Question, rows: Sequence[tuple[Ids, int]], kept: Sequence[TokenScores]) -> Reply:
