@@ -190,10 +190,38 @@ def test_a_model_that_no_worker_can_hold_is_one_error_that_says_so(cluster: Clus
     assert "do: lower run.micro_batch_rows" in said(config)
 
 
-def test_an_elastic_run_that_loses_a_node_to_a_notice_saves_and_goes_on_with_fewer_workers(
+def test_a_worker_told_to_end_and_a_node_killed_with_minus_9_leave_the_losses_of_a_run_without_ray_to_the_bit(
     whole: TrainingConfig, cluster: Cluster, node: Any, tmp_path: Path
 ) -> None:
-    cluster.remove_node(node, allow_graceful=False)  # this test has nodes of its own
+    config = config_in(tmp_path, run={"checkpoint_every": 1000})  # saved at the signal and at the end
+
+    with job(config, cluster.address) as process:
+        wait_until(lambda: num_done(config) > 12, process, config)
+        training_workers(node)[0].terminate()
+        wait_until(lambda: len(starts(config)) > 1 and num_done(config) > starts(config)[1][0] + 15, process, config)
+        for one in processes(node):
+            with contextlib.suppress(psutil.NoSuchProcess):  # those of a raylet that is gone end by themselves
+                one.kill()
+        cluster.remove_node(node, allow_graceful=False)
+        another = add_training_node(cluster, 2)
+        code = process.wait()
+    cluster.remove_node(another, allow_graceful=False)  # the tests after this one have nodes of their own
+
+    assert code == 0, said(config)
+    saved = starts(config)[1][0]
+    assert starts(config) == [(0, 2), (saved, 2), (saved, 2)]
+    assert 12 < saved < NUM_STEPS - 15
+    assert losses(config) == losses(whole)
+
+
+def starts(config: TrainingConfig) -> list[tuple[int, int]]:
+    """Of each start of the run its step and the number of its workers."""
+    return [(line["step"], line["workers"]) for line in read_metrics(config.output / STARTS) if "step" in line]
+
+
+def test_an_elastic_run_that_loses_a_node_to_a_notice_saves_and_goes_on_with_fewer_workers(
+    whole: TrainingConfig, cluster: Cluster, tmp_path: Path
+) -> None:
     _stays, noticed = add_training_node(cluster), add_training_node(cluster)
     config = config_in(tmp_path, run={"checkpoint_every": 1000, "min_workers": 1})  # saved at the notice and at the end
 
@@ -206,8 +234,7 @@ def test_an_elastic_run_that_loses_a_node_to_a_notice_saves_and_goes_on_with_few
         code = process.wait()
 
     assert code == 0, said(config)
-    starts = [(line["step"], line["workers"]) for line in read_metrics(config.output / STARTS) if "step" in line]
-    assert starts == [(0, 2), (saved, 1)]
+    assert starts(config) == [(0, 2), (saved, 1)]
     assert 12 < saved < NUM_STEPS
     assert losses(config) == pytest.approx(losses(whole), abs=1e-5)
 

@@ -6,15 +6,18 @@ All that a run needs to go on lies in its own folder; nothing is left to Ray's r
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray.exceptions
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.util.metrics import Gauge as RayGauge
 
@@ -23,11 +26,11 @@ from powerhouse.artifacts import UNFINISHED, Artifact, Counts
 from powerhouse.device import computes_bfloat16, reuse_freed_memory
 from powerhouse.errors import ArtifactError, ClusterError, PowerhouseError, TrainingError
 from powerhouse.session import connect
-from powerhouse.telemetry import Gauge, read_metrics
+from powerhouse.telemetry import Gauge, make_logger, read_metrics
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.adapting import repeatable, save_trained
 from powerhouse.training.build import build_model, empty_model
-from powerhouse.training.checkpoint import Checkpoints
+from powerhouse.training.checkpoint import Checkpoints, StopRequest
 from powerhouse.training.config import TrainingConfig, check, read_shape
 from powerhouse.training.data import masks_documents, read_batches
 from powerhouse.training.guard import Guard
@@ -92,11 +95,22 @@ _START_TIMEOUT_S = 1800
 
 
 def _run_workers(config: TrainingConfig) -> None:
-    """Run `work` on every worker; lost workers are replaced, and the new group goes on from the last checkpoint."""
+    """Run `work` to its end, by new workers as often as those at work were asked to stop: that is no failure."""
     connect("train", shows_workers=True)
     run, fewest = config.run, config.run.min_workers or config.run.num_workers
     if fewest == run.num_workers:  # else Ray's time to start is up soon, and it counts anew how many there is room for
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
+    while isinstance(outcome := _run_group(config), StopRequest):
+        make_logger("training").warning(
+            "the workers were asked to stop: new ones go on", extra={"fields": {"why": str(outcome)}}
+        )
+    if outcome is not None:
+        raise outcome
+
+
+def _run_group(config: TrainingConfig) -> PowerhouseError | StopRequest | None:
+    """What all workers met at once, if anything; lost ones are replaced, and the new group goes on from the last checkpoint."""
+    run, fewest = config.run, config.run.min_workers or config.run.num_workers
     scaling = ray.train.ScalingConfig(
         num_workers=(fewest, run.num_workers) if fewest < run.num_workers else run.num_workers,
         use_gpu=run.use_gpu,
@@ -108,17 +122,31 @@ def _run_workers(config: TrainingConfig) -> None:
             train_loop_config={"config": config},
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
-                name="run", storage_path=own_records, failure_config=ray.train.FailureConfig(max_failures=run.max_failures)
+                name="run",
+                storage_path=own_records,
+                failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
+                callbacks=[_StopSignal()],
             ),
         )
         try:
-            result = trainer.fit()
+            outcome: PowerhouseError | StopRequest | None = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             raise _explain(error, run.max_failures) from error
         except ray.exceptions.RayError as error:
             raise ClusterError("the cluster was lost", got=error, do="run the job again when it is back") from error
-    if isinstance(result.return_value, PowerhouseError):
-        raise result.return_value
+    return outcome
+
+
+class _StopSignal(WorkerCallback):  # type: ignore[misc]  # Ray Train is not typed
+    """SIGTERM's handler in a worker: a batch system or Kubernetes sends it some time before it kills."""
+
+    was_sent = False
+
+    def after_init_train_context(self) -> None:
+        signal.signal(signal.SIGTERM, self)  # in the main thread, as it must be; Ray's own handler would end the process
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.was_sent = True
 
 
 _OUT_OF_MEMORY = ("OutOfMemory", "MemoryError", "out of memory", "can't allocate memory", "low on memory")
@@ -151,14 +179,14 @@ def _line_of_memory(error: Exception) -> str:
     return next((line for line in lines if "low on memory" in line), lines[-1])
 
 
-def _work_or_tell(arguments: dict[str, TrainingConfig]) -> PowerhouseError | None:
-    """Return the errors that all ranks meet at once: raised, Ray would start new workers, which would meet them again.
+def _work_or_tell(arguments: dict[str, TrainingConfig]) -> PowerhouseError | StopRequest | None:
+    """Return what all ranks meet at once: raised, Ray would count a failure, and new workers would meet an error again.
 
     Another error is one rank's: it is raised, for the others wait for that rank, and Ray ends them.
     """
     try:
         work(arguments["config"])
-    except (TrainingError, ArtifactError) as error:
+    except (TrainingError, ArtifactError, StopRequest) as error:
         return error
     return None
 
@@ -168,7 +196,7 @@ def work(config: TrainingConfig) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
-        reuse_freed_memory(largest_bytes=1 << 30, most_bytes=(1 << 31) - 1)  # a step frees all its activations
+        reuse_freed_memory()
     if not shrink_group(config.usable_workers(dist.get_world_size())):
         return
     method, model = method_of(config.shape), build_model(config, device)
@@ -185,9 +213,11 @@ def work(config: TrainingConfig) -> None:
 
 
 def _is_asked_to_stop() -> bool:
-    """Whether Ray was told that a node of this run will be taken away: `ray drain-node`, a cloud's preemption notice."""
+    """Whether this process was sent SIGTERM, or Ray told that a node of the run will be taken away (`ray drain-node`)."""
+    handler = signal.getsignal(signal.SIGTERM)
     # What ray.train.get_preemption_info broadcasts, read here without its round through another process at every step.
-    return get_internal_train_context().preemption_context.preemption_info is not None
+    is_noticed = get_internal_train_context().preemption_context.preemption_info is not None
+    return is_noticed or (isinstance(handler, _StopSignal) and handler.was_sent)
 
 
 def _ray_gauges() -> Gauge:
