@@ -196,7 +196,7 @@ def work(config: TrainingConfig) -> None:
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(int(config.run.cpus_per_worker), 1))
-        reuse_freed_memory()
+        reuse_freed_memory(largest_bytes=1 << 30, most_bytes=(1 << 31) - 1)  # a step frees all its activations
     if not shrink_group(config.usable_workers(dist.get_world_size())):
         return
     method, model = method_of(config.shape), build_model(config, device)
