@@ -49,6 +49,9 @@ def test_more_stages_than_layers_are_refused() -> None:
         cut_layers(4, 5)
 
 
-def test_the_vocabulary_is_measured_in_layers(tmp_path: Path) -> None:
-    config = EngineConfig(num_stages=2, num_threads=1, num_blocks=64, max_model_len=20)
-    assert measure_head(write_tiny_model(tmp_path), config) > 0
+@pytest.mark.parametrize("settings", [{}, {"max_model_len": 20}, {"num_blocks": 4, "max_num_seqs": 8}])
+def test_the_vocabulary_is_measured_in_layers_whatever_the_context_and_the_cache(
+    tmp_path: Path, settings: dict[str, int]
+) -> None:
+    config = EngineConfig(num_stages=2, num_threads=1, **settings)
+    assert measure_head(write_tiny_model(tmp_path, max_position_embeddings=32), config) > 0

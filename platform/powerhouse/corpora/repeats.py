@@ -96,7 +96,7 @@ class HashLines:
 
 
 class RemoveLines:
-    """The corpus step: which lines stand in more than so many of the documents that are left; the hashes of a part of all lines at a time."""
+    """The corpus step: which lines stand in more than so many of the documents that are left; a part of all lines at a time."""
 
     name = "repeated_lines"
 

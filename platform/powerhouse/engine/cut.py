@@ -6,6 +6,7 @@ Shapes: B requests that decode together, C model width.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -52,16 +53,20 @@ def measure_head(directory: Path, config: EngineConfig) -> float:
     """How many layers' time the vocabulary takes, when as many requests as there may be decode with the cache half full."""
     num_layers = read_config(directory).num_hidden_layers
     stage = Stage.load(directory, config, range(num_layers - 1, num_layers))
-    batch, hidden_BC = _decodes(config), torch.zeros(config.max_num_seqs, stage.width, dtype=stage.dtype, device=stage.device)
+    longest = min(config.max_model_len or math.inf, stage.decoder.config.max_position_embeddings)
+    batch, hidden_BC = (
+        _decodes(config, int(longest)),
+        torch.zeros(config.max_num_seqs, stage.width, dtype=stage.dtype, device=stage.device),
+    )
     head_s = _fastest(lambda: stage.decoder.project(hidden_BC))
     return head_s / _fastest(lambda: stage.forward(batch, hidden_BC))
 
 
-def _decodes(config: EngineConfig) -> ForwardBatch:
+def _decodes(config: EngineConfig, longest: int) -> ForwardBatch:
     num_seqs, size = config.max_num_seqs, config.block_size
     num_blocks = max(config.num_blocks // (2 * num_seqs), 1)
     tables = tuple(tuple((i * num_blocks + j) % config.num_blocks for j in range(num_blocks)) for i in range(num_seqs))
-    last = min(num_blocks * size, config.max_model_len or num_blocks * size) - 1
+    last = min(num_blocks * size, longest) - 1
     slots = tuple(table[last // size] * size + last % size for table in tables)
     return ForwardBatch((0,) * num_seqs, (last,) * num_seqs, slots, (1,) * num_seqs, tables, (), ())
 

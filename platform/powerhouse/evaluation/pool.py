@@ -6,14 +6,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 from ray.exceptions import RayError
 
+from powerhouse import errors
 from powerhouse.errors import ClusterError, PowerhouseError
 from powerhouse.evaluation.settings import PoolConfig
 from powerhouse.session import connect
 
+Batch = dict[str, npt.NDArray[Any]]
+
+_REFUSED = "refused"
 _MAX_ROWS = 64
 """Of a block: what a kill can lose."""
 
@@ -36,8 +42,8 @@ def in_pool(
     table = pa.table(dict(columns))
     size = block_rows or min(_MAX_ROWS, math.ceil(len(table) / (4 * config.num_actors)))
     done = ray.data.from_arrow([table.slice(start, size) for start in range(0, len(table), size)]).map_batches(
-        actor_class,
-        fn_constructor_args=arguments,
+        _Actor,
+        fn_constructor_args=(actor_class, *arguments),
         batch_size=None,
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor,
@@ -45,18 +51,29 @@ def in_pool(
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),
     )
     try:
-        yield from done.iter_rows()
+        for row in done.iter_rows():
+            if _REFUSED in row:
+                raise getattr(errors, row["kind"])(row[_REFUSED])
+            yield row
     except RayError as error:
-        if (cause := _own_error(error)) is not None:
-            raise type(cause)(str(cause)) from None
         raise ClusterError("the actors failed", got=error, do="see their log") from error
 
 
-def _own_error(error: BaseException | None) -> PowerhouseError | None:
-    """The error of ours inside what Ray makes of it."""
-    while error is not None:
-        inner = getattr(error, "cause", None) or error.__cause__
-        if isinstance(error, PowerhouseError) and inner is None:
-            return error
-        error = inner
-    return None
+class _Actor:
+    """Does an actor's work; what it refuses comes back as a value, for what Ray makes of an exception has no cause."""
+
+    def __init__(self, actor_class: type, *arguments: Any) -> None:
+        self._refusal: PowerhouseError | None = None
+        try:
+            self._work = actor_class(*arguments)
+        except PowerhouseError as error:
+            self._refusal = error
+
+    def __call__(self, batch: Batch) -> Batch:
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            done: Batch = self._work(batch)
+        except PowerhouseError as error:
+            return {"kind": np.array([type(error).__name__]), _REFUSED: np.array([str(error)])}
+        return done

@@ -14,7 +14,7 @@ import torch
 
 from powerhouse.artifacts import write_atomically
 from powerhouse.device import choose_device, to_dtype
-from powerhouse.errors import InputError, PowerhouseError
+from powerhouse.errors import InputError
 from powerhouse.evaluation.asking import Question, Reply, Respondent
 from powerhouse.evaluation.endpoint import Endpoint, ask_endpoint
 from powerhouse.evaluation.families import open_respondent
@@ -108,10 +108,7 @@ def ask_pool(
     ordered = sorted(questions.values(), key=lambda question: question.text)  # those that begin alike are neighbours
     columns = {"key": [question.key for question in ordered], "question": [question.text for question in ordered]}
     for row in in_pool(Answerer, (config, open_decoder), columns, config):
-        reply = json.loads(row["reply"])
-        if "refused" in reply:
-            raise InputError(reply["refused"])
-        yield row["key"], reply
+        yield row["key"], json.loads(row["reply"])
 
 
 class Answerer:
@@ -121,10 +118,7 @@ class Answerer:
         self._respond = open_model(config, open_decoder)
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        try:
-            replies = self._respond([Question.parse(text) for text in batch["question"]])
-        except PowerhouseError as error:  # as a value: what Ray makes of an exception no longer has its cause
-            replies = [{"refused": str(error)} for _ in batch["key"]]
+        replies = self._respond([Question.parse(text) for text in batch["question"]])
         return {"key": batch["key"], "reply": np.array([json.dumps(reply) for reply in replies])}
 
 
