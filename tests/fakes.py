@@ -1,11 +1,15 @@
-"""Small real things that many tests need: a tiny decoder with seeded weights, its directory, a tokenizer."""
+"""Small real things that many tests need: a tiny decoder with seeded weights, its directory, adapters, a tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from powerhouse.models.adapters import Adapter, AdapterConfig, adapter_parameters, add_adapter
 from powerhouse.models.decoder import Decoder, DecoderConfig
-from powerhouse.models.hub import save_model
+from powerhouse.models.hub import format_of, save_model
+from powerhouse.models.hugging_face.adapter import save_adapter
 from powerhouse.tokenizer import Tokenizer
 
 TEXTS = [
@@ -45,4 +49,14 @@ def write_tiny_model(directory: Path, seed: int = 0, **changes: object) -> Path:
     model = tiny_decoder(seed, **changes)
     save_model(directory, model.config, model.state_dict())
     tiny_tokenizer().save(directory)
+    return directory
+
+
+def write_tiny_adapter(directory: Path, base: Path, config: AdapterConfig, seed: int = 0) -> Path:
+    """Write an adapter for the tiny model of which no tensor is zero."""
+    model = tiny_decoder()
+    add_adapter(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(item.shape, generator=generator) * 0.3 for name, item in adapter_parameters(model).items()}
+    save_adapter(directory, Adapter(config, tensors), format_of(model.config), model.config, base)
     return directory

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from answering import run
-from fakes import tiny_decoder, write_tiny_model
+from fakes import write_tiny_adapter, write_tiny_model
 from powerhouse.engine import Engine, EngineConfig, SamplingParams
 from powerhouse.engine.settings import SpeculationConfig
 from powerhouse.errors import ConfigError, ModelFormatError, RequestError
-from powerhouse.models.adapters import Adapter, AdapterConfig, LoRAConfig, PromptConfig, adapter_parameters, add_adapter
+from powerhouse.models.adapters import AdapterConfig, LoRAConfig, PromptConfig
 from powerhouse.models.generate import GenerationConfig, generate
-from powerhouse.models.hub import format_of, load_model
-from powerhouse.models.hugging_face.adapter import save_adapter
+from powerhouse.models.hub import load_model
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9]
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -34,11 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapted")
     write_tiny_model(folder / "base")
     for seed, (name, config) in enumerate(CONFIGS.items()):
-        model = tiny_decoder()
-        add_adapter(model, config)
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {key: torch.randn(item.shape, generator=generator) * 0.3 for key, item in adapter_parameters(model).items()}
-        save_adapter(folder / name, Adapter(config, tensors), format_of(model.config), model.config, folder / "base")
+        write_tiny_adapter(folder / name, folder / "base", config, seed)
     return folder
 
 

@@ -4,15 +4,20 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
-from fakes import tiny_tokenizer, write_tiny_model
-from powerhouse.engine import Engine, EngineConfig, SamplingParams
+from fakes import tiny_tokenizer, write_tiny_adapter, write_tiny_model
+from powerhouse.engine import Engine, EngineConfig, LocalRunner, SamplingParams
+from powerhouse.engine.batch import BatchResult
+from powerhouse.engine.stage import Stage
 from powerhouse.engine.streaming import EngineLoop
+from powerhouse.models.adapters import LoRAConfig, PromptConfig
+from powerhouse.models.hub import read_config
 from powerhouse.serving.api import make_api
 
 CONFIG = EngineConfig(device="cpu", num_threads=1, max_num_seqs=2, max_waiting_requests=1)
@@ -25,8 +30,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loop(model: Path) -> Iterator[EngineLoop]:
-    loop = EngineLoop(Engine.from_directory(model, CONFIG), lambda name, value: None)
+def adapted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    """The settings with a LoRA and a soft prompt of 7 tokens."""
+    folder = tmp_path_factory.mktemp("adapters")
+    kinds = {"formal": LoRAConfig(rank=3), "long": PromptConfig(num_tokens=7)}
+    adapters = {name: write_tiny_adapter(folder / name, model, kind) for name, kind in kinds.items()}
+    return EngineConfig.model_validate(CONFIG.model_dump() | {"adapters": adapters})
+
+
+@pytest.fixture(scope="module")
+def loop(model: Path, adapted: EngineConfig) -> Iterator[EngineLoop]:
+    loop = EngineLoop(Engine.from_directory(model, adapted), lambda name, value: None)
     yield loop
     loop.stop()
 
@@ -132,7 +146,64 @@ def test_a_stop_string_ends_the_text_before_it(api: FastAPI) -> None:
 def test_the_model_is_listed(api: FastAPI) -> None:
     body = request(api, "GET", "/v1/models").json()
     assert body["object"] == "list"
-    assert [(card["id"], card["object"]) for card in body["data"]] == [("demo", "model")]
+    assert {card["object"] for card in body["data"]} == {"model"}
+    cards = [(card["id"], card["parent"], card["max_model_len"]) for card in body["data"]]
+    assert cards == [("demo", None, 128), ("formal", "demo", 128), ("long", "demo", 121)]
+
+
+def test_a_request_for_an_adapter_is_answered_with_it(api: FastAPI, model: Path, adapted: EngineConfig) -> None:
+    engine = Engine.from_directory(model, adapted)
+    texts = set()
+    for name in (None, "formal", "long"):
+        engine.add_request("It was", SamplingParams(max_tokens=12, temperature=0, ignore_eos=True), adapter=name)
+        text = "".join(output.text for _ in range(12) for output in engine.step())
+        body = complete(api, model=name or "demo").json()
+        assert (body["model"], body["choices"][0]["text"]) == (name or "demo", text)
+        streamed = [json.loads(event) for event in events(complete(api, model=name or "demo", stream=True))[:-1]]
+        assert {chunk["model"] for chunk in streamed} == {name or "demo"}
+        assert "".join(chunk["choices"][0]["text"] for chunk in streamed) == text
+        texts.add(text)
+    assert len(texts) == 3, "the adapters change the answer"
+
+
+class StepsWhenAllowed(LocalRunner):
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
+        self.allowed = Semaphore(0)
+
+    def collect(self) -> BatchResult:
+        self.allowed.acquire()
+        return super().collect()
+
+
+def test_of_what_waits_the_smallest_priority_goes_first(model: Path) -> None:
+    config = EngineConfig.model_validate(CONFIG.model_dump() | {"max_num_seqs": 1, "max_waiting_requests": 8})
+    runner = StepsWhenAllowed(Stage.load(model, config))
+    loop = EngineLoop(Engine(read_config(model), tiny_tokenizer(), config, runner))
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=make_api(loop, "demo")), base_url="http://test")
+    ended: list[int | None] = []
+
+    async def ask(priority: int | None, max_tokens: int) -> None:
+        body = WHOLE | {"max_tokens": max_tokens, "priority": priority}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        ended.append(priority)
+
+    async def ask_all() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ask(100, 100))
+            while not loop.stats["num_running"]:
+                runner.allowed.release()
+                await asyncio.sleep(0.005)
+            for priority in (5, None, -1):
+                group.create_task(ask(priority, 3))
+            while loop.stats["num_waiting"] < 3:
+                runner.allowed.release()
+                await asyncio.sleep(0.005)
+            runner.allowed.release(200)
+
+    asyncio.run(asyncio.wait_for(ask_all(), 60))
+    loop.stop()
+    assert ended == [100, -1, None, 5]
 
 
 def test_health_tells_the_load(api: FastAPI) -> None:
@@ -145,7 +216,9 @@ def test_health_tells_the_load(api: FastAPI) -> None:
 @pytest.mark.parametrize(
     ("changes", "status", "param", "message"),
     [
-        ({"model": "gpt"}, 404, "model", "no such model; got: 'gpt'; allowed: demo"),
+        ({"model": "gpt"}, 404, "model", "no such model; got: 'gpt'; allowed: demo, formal, long"),
+        ({"priority": 0.5}, 400, "priority", "priority: got 0.5; allowed: integer"),
+        ({"model": "long", "max_tokens": 120}, 400, None, "prompt and answer are longer than the context"),
         ({"max_token": 5}, 400, "max_token", "max_token: unknown field"),
         ({"prompt": ["a", 5]}, 400, "prompt", "prompt: got ['a', 5]; allowed: a string, a list of token ids"),
         ({"prompt": ""}, 400, None, "prompt"),

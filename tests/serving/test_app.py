@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from ray import serve
 
-from fakes import write_tiny_model
+from fakes import write_tiny_adapter, write_tiny_model
 from powerhouse.errors import ConfigError, ModelFormatError
+from powerhouse.models.adapters import LoRAConfig
 from powerhouse.serving.app import build
 
 
@@ -48,6 +49,19 @@ def test_a_damaged_model_is_refused_before_anything_starts(model: Path, name: st
     (model / name).unlink() if damage is None else (model / name).write_bytes(damage)
     with pytest.raises(ModelFormatError, match=message):
         build(args(model))
+
+
+def test_a_damaged_adapter_and_one_of_another_model_are_refused_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    def build_with_adapter() -> None:
+        build(args(model, engine={"adapters": {"formal": str(tmp_path / "formal")}}))
+
+    with pytest.raises(ModelFormatError, match=r"adapter_config\.json: missing"):
+        build_with_adapter()
+    write_tiny_adapter(tmp_path / "formal", model, LoRAConfig(rank=2))
+    build_with_adapter()
+    write_tiny_model(model, hidden_size=40)
+    with pytest.raises(ModelFormatError, match="formal: "):
+        build_with_adapter()
 
 
 def test_a_truncated_weight_file_and_one_of_another_shape_are_refused(model: Path, tmp_path: Path) -> None:

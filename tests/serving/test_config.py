@@ -47,6 +47,10 @@ def test_the_shipped_application_is_valid_and_fits_twice_into_eight_cpus() -> No
         ({"model": "m", "model_name": ""}, "args: model_name: got ''; allowed:"),
         ({"model": "m", "model_name": "m", "modle": 1}, "args: modle: unknown key; did you mean model?"),
         ({"model": "m", "model_name": "m", "engine": {"num_stage": 2}}, "args: engine.num_stage: unknown key"),
+        (
+            {"model": "m", "model_name": "m", "engine": {"adapters": {"m": "a"}}},
+            "names of engine.adapters other than model_name, not 'm' for both",
+        ),
         ({"model": "m", "model_name": "m", "startup_timeout_s": 0}, "startup_timeout_s: got 0; allowed:"),
     ],
 )  # fmt: skip

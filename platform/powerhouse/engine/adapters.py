@@ -70,8 +70,13 @@ class AdapterTable:
         return self._chosen[name]
 
     @property
+    def num_soft_tokens(self) -> dict[str, int]:
+        """Of each adapter by its name, how many tokens stand before a prompt; 0 for a LoRA."""
+        return {name: len(chosen.soft_ids) for name, chosen in self._chosen.items() if name is not None}
+
+    @property
     def has_soft_prompts(self) -> bool:
-        return any(chosen.soft_ids for chosen in self._chosen.values())
+        return any(self.num_soft_tokens.values())
 
 
 def _num_soft(path: Path) -> int:

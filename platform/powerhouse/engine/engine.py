@@ -87,6 +87,11 @@ class Engine:
         return cls(read_config(path), tokenizer, config, LocalRunner(Stage.load(path, config)))
 
     @property
+    def adapters(self) -> dict[str, int]:
+        """Those that requests may name, and how many tokens of the context each takes before the prompt."""
+        return self._adapters.num_soft_tokens
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether there is anything left for `step`."""
         return bool(self._requests or self._in_flight or self._outputs)

@@ -40,6 +40,8 @@ class EngineLoop:
         self.tokenizer = engine.tokenizer
         self.max_model_len = engine.max_model_len
         """Longest prompt and answer together, in tokens."""
+        self.adapters = engine.adapters
+        """Names that requests may give, and the tokens of the context that each takes."""
         self._record = record
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, Stream] = {}

@@ -1,6 +1,7 @@
 """The HTTP routes over one engine: POST /v1/completions and /v1/chat/completions (whole or as server-sent events), GET
 /v1/models, GET /health, and as vLLM has them POST /tokenize, POST /detokenize, GET /tokenizer_info.
 
+A request names the model or one of the engine's adapters, as vLLM has it; `priority` orders what waits, the smallest first.
 With `echo` and `logprobs` of token ids, completions are what lm-evaluation-harness judges a model by (`local-completions`).
 
 Errors: 400 a request that can never be served, 404 another model, 429 too many waiting, 503 the engine has stopped; each
@@ -10,7 +11,7 @@ with OpenAI's error body. A stream that fails midway ends with an event that hol
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -57,38 +58,48 @@ class _Routes:
         self._engine_loop = engine_loop
         self._tokenizer = engine_loop.tokenizer
         self._model_name = model_name
+        self._served: dict[str, str | None] = {model_name: None, **{name: name for name in engine_loop.adapters}}
+        """What a request may give as its model, and the adapter that this is."""
         self._created = int(time.time())
 
     async def complete(self, request: CompletionRequest) -> Response:
-        if request.model != self._model_name:
-            return _refuse_model(request.model, self._model_name)
-        streams = await self._submit_all(request.prompts, request.sampling_params)
+        if request.model not in self._served:
+            return self._refuse_model(request.model)
+        streams = await self._submit_all(request)
         wants_logprobs = request.logprobs is not None
-        answers = [CompletionAnswer(stream, self._model_name, self._tokenizer, wants_logprobs) for stream in streams]
+        answers = [CompletionAnswer(stream, request.model, self._tokenizer, wants_logprobs) for stream in streams]
         if request.stream:
             return EventStreamResponse(streams[0], answers[0].events(request.wants_usage_chunk))
         whole = await whole_completion(answers, request.prompts if request.echo else None)
         return JSONResponse(whole.model_dump())
 
-    async def _submit_all(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[Stream]:
+    async def _submit_all(self, request: CompletionRequest) -> list[Stream]:
         """All prompts of a request, or none."""
         streams: list[Stream] = []
+        params = request.sampling_params
         try:
-            for prompt in prompts:
-                streams.append(await self._engine_loop.submit(prompt, params))  # noqa: PERF401 - a list that may end early
+            for prompt in request.prompts:
+                streams.append(await self._submit(prompt, params, request))  # noqa: PERF401 - a list that may end early
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return streams
 
+    async def _submit(
+        self, prompt: str | list[int], params: SamplingParams, request: CompletionRequest | ChatRequest
+    ) -> Stream:
+        return await self._engine_loop.submit(
+            prompt, params, priority=request.priority or 0, adapter=self._served[request.model]
+        )
+
     async def chat(self, request: ChatRequest) -> Response:
-        if request.model != self._model_name:
-            return _refuse_model(request.model, self._model_name)
+        if request.model not in self._served:
+            return self._refuse_model(request.model)
         ids = self._tokenizer.encode_chat(request.messages, add_generation_prompt=True)
-        params = request.sampling_params_for(self._engine_loop.max_model_len - len(ids))
-        stream = await self._engine_loop.submit(ids, params)
-        answer = ChatAnswer(stream, self._model_name, self._tokenizer)
+        params = request.sampling_params_for(self._context_of(request.model) - len(ids))
+        stream = await self._submit(ids, params, request)
+        answer = ChatAnswer(stream, request.model, self._tokenizer)
         if request.stream:
             return EventStreamResponse(stream, answer.events(request.wants_usage_chunk))
         return JSONResponse((await answer.whole()).model_dump())
@@ -115,8 +126,25 @@ class _Routes:
         return named | {"chat_template": template.sources.get("default") if template else None}
 
     async def list_models(self) -> ModelList:
-        card = ModelCard(id=self._model_name, created=self._created, max_model_len=self._engine_loop.max_model_len)
-        return ModelList(data=[card])
+        cards = [
+            ModelCard(
+                id=name,
+                created=self._created,
+                max_model_len=self._context_of(name),
+                parent=None if adapter is None else self._model_name,
+            )
+            for name, adapter in self._served.items()
+        ]
+        return ModelList(data=cards)
+
+    def _context_of(self, model: str) -> int:
+        """Longest prompt and answer together; a soft prompt takes its part of the context."""
+        return self._engine_loop.max_model_len - self._engine_loop.adapters.get(model, 0)
+
+    def _refuse_model(self, name: str) -> Response:
+        message = f"no such model; got: {name!r}; allowed: {', '.join(self._served)}"
+        detail = ErrorDetail(message=message, type="invalid_request_error", param="model", code="model_not_found")
+        return JSONResponse(ErrorBody(error=detail).model_dump(), status_code=404)
 
     async def health(self) -> dict[str, Any]:
         """Tell that the engine runs, and its load."""
@@ -136,12 +164,6 @@ class EventStreamResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._stream.close()
-
-
-def _refuse_model(name: str, served: str) -> Response:
-    message = f"no such model; got: {name!r}; allowed: {served}"
-    detail = ErrorDetail(message=message, type="invalid_request_error", param="model", code="model_not_found")
-    return JSONResponse(ErrorBody(error=detail).model_dump(), status_code=404)
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:

@@ -8,7 +8,8 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 
 from powerhouse.config import validate
-from powerhouse.models.hub import open_checkpoint
+from powerhouse.engine.adapters import load_adapters
+from powerhouse.models.hub import read_config
 from powerhouse.serving.api import RETRY_AFTER_S
 from powerhouse.serving.config import ServingConfig, to_actor_options
 from powerhouse.serving.replica import PipelineReplica
@@ -29,15 +30,16 @@ _DEFAULTS: dict[str, Any] = {
 def build(args: dict[str, Any]) -> serve.Application:
     """Make the application from the `args` of a Serve file: the fields of `ServingConfig`.
 
-    The model directory is checked here, before Serve touches a replica: a bad one fails the deployment once and at once,
-    and leaves what was deployed before it running.
+    The directories of the model and of its adapters are checked here, before Serve touches a replica: a bad one fails the
+    deployment once and at once, and leaves what was deployed before it running.
 
     Raises:
         ConfigError: a field is unknown, missing or out of range.
-        ModelFormatError: the model directory is missing or damaged.
+        ModelFormatError: the model directory, or that of an adapter, is missing or damaged.
     """
     config = validate(ServingConfig, args, "args of the Serve application")
-    open_checkpoint(config.model)
+    read_config(config.model)
+    load_adapters(config.model, list(config.engine.adapters.values()))
     Tokenizer.load(config.model)
     bundles = config.bundles
     deployment = serve.deployment(

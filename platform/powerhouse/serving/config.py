@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from powerhouse.config import Config, StoragePath
 from powerhouse.engine import EngineConfig
@@ -19,7 +19,7 @@ class ServingConfig(Config):
     model: StoragePath
     """Model directory: config.json, model.safetensors, tokenizer.json."""
     model_name: str = Field(min_length=1)
-    """The name that requests give as `model`."""
+    """The name that requests give as `model`; that of an adapter of `engine.adapters` asks for the model with it."""
     engine: EngineConfig = EngineConfig()
     """Batching, cache, precision and number of stages of one replica."""
     replica_resources: Resources = Field(default={"CPU": 1, "serve": 0.001})
@@ -28,6 +28,12 @@ class ServingConfig(Config):
     """What Ray sets aside for each stage; {"GPU": 1, "serve": 0.001} puts it on a GPU."""
     startup_timeout_s: float = Field(default=300, gt=0)
     """How long the stages of a replica may take to load their layers."""
+
+    @model_validator(mode="after")
+    def _one_model_to_a_name(self) -> ServingConfig:
+        if self.model_name in self.engine.adapters:
+            raise ValueError(f"names of engine.adapters other than model_name, not {self.model_name!r} for both")
+        return self
 
     @property
     def bundles(self) -> list[Resources]:

@@ -3,7 +3,8 @@
 A field that is not known is refused, as OpenAI does: a misspelt `max_token` is an error and not a silent default. Known
 fields whose effect is not here are taken at the value that asks for nothing (best_of=1, tools=null, ...) and refused at any
 other. null means "not given". Beyond OpenAI, as vLLM has them: `top_k`, `min_p`,
-`repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos` and `structured_outputs`. `user` is taken and not used.
+`repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `structured_outputs` and `priority` (of what waits, the
+smallest goes first). `user` is taken and not used.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class _SampledRequest(_Body):
     stop_token_ids: list[int] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: int | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -317,6 +319,8 @@ class ModelCard(BaseModel):
     owned_by: str = "powerhouse"
     max_model_len: int
     """Longest prompt and answer together, in tokens; as vLLM tells it."""
+    parent: str | None = None
+    """Of an adapter, the model that it belongs to; as vLLM tells it."""
 
 
 class ModelList(BaseModel):
