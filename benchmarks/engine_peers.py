@@ -2,7 +2,7 @@
 
     PYTHON benchmarks/engine_peers.py '{"kind": "vllm", "model": "runs/models/smollm2", ...}'
 
-Prints a list of {"num": n, "whole_s": ..., "first_s": ...} as its last line: seconds of n prompts to `max_tokens` each, and
+Prints a list of {"num": n, "whole_s": ..., "first_s": ...} in a line: seconds of n prompts to `max_tokens` each, and
 to one token each, which is prefill.
 """
 

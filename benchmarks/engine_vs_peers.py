@@ -75,7 +75,9 @@ def run(peer: dict[str, Any]) -> list[dict[str, float]]:
     done = subprocess.run([peer["python"], script, json.dumps(peer)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{peer['kind']} {peer['name']}: exit status {done.returncode}\n{done.stderr[-3000:]}")
-    results: list[dict[str, float]] = json.loads(done.stdout.strip().splitlines()[-1])
+    # vLLM's processes say something when they end, after the answer.
+    [answer] = [line for line in done.stdout.splitlines() if line.startswith('[{"num"')]
+    results: list[dict[str, float]] = json.loads(answer)
     return results
 
 

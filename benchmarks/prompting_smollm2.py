@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from adapting_smollm2 import read_items
 
 from measuring import report
 from powerhouse.config import storage_root
+from powerhouse.engine import EngineConfig
+from powerhouse.engine.offline import OfflineModel
 from powerhouse.evaluation.launch import evaluate_model
 from powerhouse.evaluation.settings import EvaluationConfig
 from powerhouse.models.fetch import FetchModelConfig, fetch_model
@@ -67,7 +70,9 @@ def main() -> None:
     tasks = make_tasks(folder, arguments.num_orders, arguments.seed)
     values = {"model": model, "output": folder / "evaluation", "tasks": tasks, "num_actors": arguments.num_actors}
     started = time.monotonic()
-    evaluation = evaluate_model(EvaluationConfig.model_validate(values))
+    evaluation = evaluate_model(
+        EvaluationConfig.model_validate(values), partial(OfflineModel, config=EngineConfig(num_threads=1))
+    )
     ray.shutdown()
     scores = json.loads((evaluation.path / "scores.json").read_text(encoding="utf-8"))
     rows = [row(name, scores) for name in tasks]

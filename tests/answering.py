@@ -39,6 +39,7 @@ def join(outputs: list[Output]) -> Completion:
     assert outputs[-1].finish_reason == ends[0], "nothing comes after the end"
     token_ids = tuple(token for output in outputs for token in output.token_ids)
     assert outputs[-1].num_output_tokens == len(token_ids)
+    text, first, last = "".join(output.text for output in outputs), outputs[0], outputs[-1]
     return Completion(
-        "".join(output.text for output in outputs), token_ids, ends[0], outputs[-1].num_prompt_tokens, index=outputs[0].index
+        text, token_ids, ends[0], last.num_prompt_tokens, prompt_logprobs=first.prompt_logprobs, index=first.index
     )

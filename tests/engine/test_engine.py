@@ -221,11 +221,22 @@ def test_what_can_never_be_served_is_refused_and_the_others_go_on(
         assert {output.request_id for output in engine.step()} == {"good"}
 
 
+def test_parameters_of_each_prompt_are_as_many_as_the_prompts(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    each = [replace(GREEDY, max_tokens=num) for num in (3, 1)]
+
+    assert [len(found.token_ids) for found in engine.generate(PROMPTS[:2], each)] == [3, 1]
+
+    with pytest.raises(RequestError, match="params are of all prompts, or one for each\n  got: 2 for 1 prompts"):
+        next(engine.generate(PROMPTS[:1], each))
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
         ({"logit_bias": {300: 1.0}}, "logit_bias: a token id is outside the vocabulary\n  got: 300\n  allowed: 0 to 299"),
         ({"stop_token_ids": (5, -1)}, "stop_token_ids: a token id is outside the vocabulary\n  got: -1"),
+        ({"prompt_logprobs_from": 99}, "prompt_logprobs_from is beyond the prompt\n  got: 99\n  allowed: 0 to "),
         ({"n": 6}, "n is more than may be under way\n  got: 6\n  allowed: 1 to 5"),
     ],
 )

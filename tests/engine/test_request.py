@@ -30,6 +30,7 @@ from powerhouse.errors import RequestError
         ({"logprobs": -1}, "logprobs is out of range\n  got: -1\n  allowed: 0 to 20, or None"),
         ({"logprobs": True}, "logprobs is out of range\n  got: True"),
         ({"prompt_logprobs": 21}, "prompt_logprobs is out of range\n  got: 21\n  allowed: 0 to 20, or None"),
+        ({"prompt_logprobs_from": -1}, "prompt_logprobs_from is out of range\n  got: -1\n  allowed: 0 or above"),
         ({"prompt_logprobs": 1, "max_tokens": -1}, "max_tokens is out of range\n  got: -1\n  allowed: a whole number, 0 or"),
         ({"min_p": 1.5}, "min_p is out of range\n  got: 1.5\n  allowed: 0 to 1"),
         ({"n": 0}, "n is out of range\n  got: 0\n  allowed: 1 to 128"),

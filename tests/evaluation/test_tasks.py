@@ -60,7 +60,7 @@ def logprobs(prompt: Prompt, answers: list[str]) -> np.ndarray[Any, Any]:
     model = PlainDecoder(tiny_decoder(max_position_embeddings=256), tiny_tokenizer())
     before = len(tiny_tokenizer().encode(prompt.before.rstrip()))
     rows = [tiny_tokenizer().encode(prompt.before + answer) for answer in answers]
-    return np.array([sum(value for value, _ in row[before - 1 :]) for row in model.score(rows)])
+    return np.array([sum(value for value, _ in row) for row in model.score(rows, [before] * len(rows))])
 
 
 def by_hand(text: str, shots: str = "") -> np.ndarray[Any, Any]:

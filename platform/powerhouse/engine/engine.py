@@ -172,22 +172,27 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def generate(self, prompts: Iterable[Prompt], params: SamplingParams | None = None) -> Iterator[Completion]:
+    def generate(
+        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Completion]:
         """Answer every prompt, many at a time; the completions come in the order of the prompts, n for each.
 
+        `params` are of all prompts, or one for each.
+
         Raises:
-            RequestError: a prompt can never be served; those before it that are not answered yet are aborted.
+            RequestError: a prompt can never be served; those before it that are not answered yet are aborted. There are not as
+                many params as prompts.
         """
         assert not self.has_unfinished, "generate() steps the engine itself: add no other requests beside it"
-        waiting = iter(prompts)
+        waiting, num_answers = _pair(prompts, params)
         pieces: dict[str, list[Output]] = {}
         try:
-            while pieces or self._feed(waiting, params, pieces):
+            while pieces or self._feed(waiting, num_answers, pieces):
                 first = next(iter(pieces))
                 while not (pieces[first] and pieces[first][-1].is_last):
                     for output in self.step():
                         pieces[output.request_id].append(output)
-                    self._feed(waiting, params, pieces)
+                    self._feed(waiting, num_answers, pieces)
                 yield from Completion.join_all(pieces.pop(first))
         finally:
             for request_id in pieces:
@@ -217,11 +222,13 @@ class Engine:
     def close(self) -> None:
         self._runner.close()
 
-    def _feed(self, waiting: Iterator[Prompt], params: SamplingParams | None, pieces: dict[str, list[Output]]) -> bool:
-        """Queue prompts while there is room in the queue; whether there was one."""
+    def _feed(
+        self, waiting: Iterator[tuple[Prompt, SamplingParams]], num_answers: int, pieces: dict[str, list[Output]]
+    ) -> bool:
+        """Queue prompts while there is room in the queue for so many answers; whether there was one."""
         num_before = len(pieces)
-        while self._has_room(params.n if params else 1) and (prompt := next(waiting, None)) is not None:
-            pieces[self.add_request(prompt, params)] = []
+        while self._has_room(num_answers) and (pair := next(waiting, None)) is not None:
+            pieces[self.add_request(*pair)] = []
         return len(pieces) > num_before
 
     @property
@@ -321,6 +328,19 @@ class Engine:
             request.request_id not in self._requests,
             max(request.num_cached - request.num_soft, 0),
         )
+
+
+def _pair(
+    prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> tuple[Iterator[tuple[Prompt, SamplingParams]], int]:
+    """Each prompt with its parameters, and the most answers that one of them asks for."""
+    if params is None or isinstance(params, SamplingParams):
+        shared = params or SamplingParams()
+        return ((prompt, shared) for prompt in prompts), shared.n
+    prompts = list(prompts)
+    if len(prompts) != len(params):
+        raise RequestError("params are of all prompts, or one for each", got=f"{len(params)} for {len(prompts)} prompts")
+    return zip(prompts, params, strict=True), max((one.n for one in params), default=1)
 
 
 def _reason_to_end(request: Request, is_end: bool) -> FinishReason | None:

@@ -27,13 +27,14 @@ class OfflineModel:
         self.tokenizer = Tokenizer.load(path)
         self.max_length = config.max_model_len or read_config(path).max_position_embeddings
 
-    def score(self, rows: Sequence[Ids]) -> list[list[tuple[float, bool]]]:
-        """Of each row, for every token but the first: its logprob after all before it, and whether it is the likeliest.
+    def score(self, rows: Sequence[Ids], starts: Sequence[int]) -> list[list[tuple[float, bool]]]:
+        """Of each row, for every token from its start on: its logprob after all before it, and whether it is the likeliest.
 
         Raises:
             RequestError: a row is empty, or too long for the context or the cache.
         """
-        done = self._engine.generate(rows, SamplingParams(max_tokens=0, prompt_logprobs=1))
+        params = [SamplingParams(max_tokens=0, prompt_logprobs=1, prompt_logprobs_from=start) for start in starts]
+        done = self._engine.generate(rows, params)
         return [_scores(completion) for completion in done]
 
     def write(self, rows: Sequence[Ids], *, max_tokens: int, temperature: float, stop: tuple[str, ...], seed: int) -> list[str]:

@@ -58,6 +58,8 @@ class SamplingParams:
     """Tell each new token's logprob, and that many of the likeliest in its place; None tells nothing."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
+    prompt_logprobs_from: int = 0
+    """Place of the prompt's first token of which they are told; what comes before it may come from the prefix cache."""
 
     def __post_init__(self) -> None:
         least = 1 if self.prompt_logprobs is None else 0
@@ -66,6 +68,7 @@ class SamplingParams:
             _check_int(self, name, 1 if name == "top_k" else 0, optional=True)
         for name in ("logprobs", "prompt_logprobs"):
             _check_int(self, name, 0, MAX_NUM_TOP, optional=True)
+        _check_int(self, "prompt_logprobs_from", 0)
         _check_int(self, "n", 1, MAX_N)
         _check_int(self, "min_tokens", 0, self.max_tokens, allowed=f"0 to max_tokens={self.max_tokens}")
         is_constraint = self.constraint is None or isinstance(self.constraint, Constraint)

@@ -96,8 +96,8 @@ class Request:
         """Of its blocks, those that the prefix cache knows."""
         self.blocks: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * max(num_soft, 1)
-        """Of the tokens so far that were computed with it."""
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * max(num_soft + params.prompt_logprobs_from, 1)
+        """Of the tokens so far; None of those that are not asked for, and of the first, which nothing foretells."""
 
     @property
     def num_tokens(self) -> int:
@@ -123,9 +123,9 @@ class Request:
 
     @property
     def reusable_names(self) -> list[bytes]:
-        """Of the blocks that need not be computed if the cache has them: one token always is, for what comes after it."""
+        """Of the blocks that need not be computed if the cache has them: the token before one to be told always is."""
         is_scored = self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
-        return [] if is_scored else self._names_within(self.num_tokens - 1)
+        return self._names_within((len(self.prompt_logprobs) if is_scored else self.num_tokens) - 1)
 
     @property
     def computed_names(self) -> list[bytes]:

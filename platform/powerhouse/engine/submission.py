@@ -46,6 +46,9 @@ def check_request(
     """
     if not ids:
         raise RequestError("the prompt is empty", allowed="at least one token")
+    if params.prompt_logprobs_from > len(ids):
+        allowed = f"0 to {len(ids)}"
+        raise RequestError("prompt_logprobs_from is beyond the prompt", got=params.prompt_logprobs_from, allowed=allowed)
     named = {
         "a token id": ids,
         "logit_bias: a token id": params.logit_bias,

@@ -65,8 +65,8 @@ class Endpoint:
             raise InputError(f"{self._base}: no such model", got=self._config.model, allowed=names)
         return int(card.get("max_model_len") or 2**31) - _NUM_GENERATED
 
-    def score(self, rows: Sequence[Ids]) -> list[list[tuple[float, bool]]]:
-        """Logprob and greediness of every token but the first, in one request.
+    def score(self, rows: Sequence[Ids], starts: Sequence[int]) -> list[list[tuple[float, bool]]]:
+        """Logprob and greediness of every token of each row from its start on, in one request.
 
         Raises:
             InputError: the endpoint refuses the request, or does not echo the prompt's logprobs.
@@ -76,7 +76,7 @@ class Endpoint:
         choices = self._complete(
             {"prompt": list(rows), "max_tokens": _NUM_GENERATED, "temperature": 0, "echo": True, "logprobs": 1}
         )
-        return [_read_choice(choice, row) for choice, row in zip(choices, rows, strict=True)]
+        return [_read_choice(choice, row, start) for choice, row, start in zip(choices, rows, starts, strict=True)]
 
     def write(self, rows: Sequence[Ids], *, max_tokens: int, temperature: float, stop: tuple[str, ...], seed: int) -> list[str]:
         """Continue each row."""
@@ -131,14 +131,14 @@ def writing_fields(writing: Writing) -> dict[str, Any]:
     return writing.model_dump(exclude={"stop"}) | ({"stop": list(writing.stop)} if writing.stop else {})
 
 
-def _read_choice(choice: Mapping[str, Any], row: Ids) -> list[tuple[float, bool]]:
+def _read_choice(choice: Mapping[str, Any], row: Ids, start: int) -> list[tuple[float, bool]]:
     logprobs = choice.get("logprobs") or {}
     own, top = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
     if len(own) != len(row) + _NUM_GENERATED or len(top) != len(own):
         got = f"logprobs of {len(own)} tokens for a prompt of {len(row)} and {_NUM_GENERATED} new"
         do = "ask a server whose completions echo: Powerhouse, vLLM"
         raise InputError("the endpoint does not echo the prompt's logprobs", got=got, do=do)
-    return [(own[place], own[place] == max(top[place].values())) for place in range(1, len(row))]
+    return [(own[place], own[place] == max(top[place].values())) for place in range(start, len(row))]
 
 
 class EndpointTokenizer:

@@ -64,8 +64,8 @@ class PlainDecoder:
         self.max_length = model.config.max_position_embeddings - len(self._soft_ids)
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Ids]) -> list[list[tuple[float, bool]]]:
-        """Logprob and greediness of every token but the first.
+    def score(self, rows: Sequence[Ids], starts: Sequence[int]) -> list[list[tuple[float, bool]]]:
+        """Logprob and greediness of every token of each row from its start on.
 
         What comes before the last token is computed once for all rows that differ in no other, and what a batch begins with
         once for the batch: answers of one token, and examples that many questions share, cost little more than one.
@@ -83,7 +83,7 @@ class PlainDecoder:
                 logprobs_NV = self.model.project(states_NC).log_softmax(dim=-1)
                 for text in by_context[context]:
                     scores[text] = shared + _look_up(logprobs_NV, text[max(num_shared, 1) :])
-        return [scores[tuple(row)] for row in rows]
+        return [scores[tuple(row)][start - 1 :] for row, start in zip(rows, starts, strict=True)]
 
     def _run(self, contexts: Sequence[tuple[int, ...]], num_shared: int) -> tuple[list[tuple[float, bool]], list[Tensor]]:
         """Scores of the tokens that all contexts begin with, and of each context the states [N, C] from their last one on."""

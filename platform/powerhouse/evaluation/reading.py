@@ -52,8 +52,8 @@ class TokenModel(Protocol):
     def max_length(self) -> int:
         """Most tokens of one row, those to be written included."""
 
-    def score(self, rows: Sequence[Ids], /) -> list[list[tuple[float, bool]]]:
-        """Of each row, for every token but the first: its logprob after all before it, and whether it is the likeliest."""
+    def score(self, rows: Sequence[Ids], starts: Sequence[int], /) -> list[list[tuple[float, bool]]]:
+        """Of each row, for every token from its start (1 or later) on: its logprob after all before, and if it is likeliest."""
 
     def write(
         self, rows: Sequence[Ids], /, *, max_tokens: int, temperature: float, stop: tuple[str, ...], seed: int
@@ -72,10 +72,11 @@ class DecoderRespondent:
         replies: dict[int, Reply] = {}
         scored = [(number, item) for number, item in enumerate(questions) if item.kind != "write"]
         parts = [self._parts(item) for _, item in scored]
-        scores = iter(self._model.score([row for rows in parts for row, _ in rows]))
-        for (number, item), rows in zip(scored, parts, strict=True):
-            kept = [tokens[-num_scored:] for (_, num_scored), tokens in zip(rows, islice(scores, len(rows)), strict=True)]
-            replies[number] = _answers_reply(item, rows, kept) if item.kind == "answers" else _reading_reply(kept)
+        rows, starts = [row for part in parts for row, _ in part], [start for part in parts for _, start in part]
+        scores = iter(self._model.score(rows, starts))
+        for (number, item), part in zip(scored, parts, strict=True):
+            of_rows = list(islice(scores, len(part)))
+            replies[number] = _answers_reply(of_rows) if item.kind == "answers" else _reading_reply(of_rows)
         for writing in dict.fromkeys(item.writing for item in questions if item.kind == "write"):
             assert writing is not None, "a text is written in some way"
             numbers = [number for number, item in enumerate(questions) if item.kind == "write" and item.writing == writing]
@@ -84,7 +85,7 @@ class DecoderRespondent:
         return [replies[number] for number in range(len(questions))]
 
     def _parts(self, question: Question) -> list[tuple[Ids, int]]:
-        """Rows to score, and how many of each one's last tokens count."""
+        """Rows to score, and the place in each from which on tokens count."""
         return list(self._answer_rows(question) if question.kind == "answers" else self._windows(question))
 
     def _answer_rows(self, question: Question) -> Iterator[tuple[Ids, int]]:
@@ -93,7 +94,7 @@ class DecoderRespondent:
             before, inside, after = slot_row(self._model.tokenizer.encode_batch, prompt, answer)
             row = [*self._context(prompt, before), *inside, *after]
             self._check_length(row, 0, prompt)
-            yield row, len(inside) + len(after)
+            yield row, len(row) - len(inside) - len(after)
 
     def _windows(self, question: Question) -> Iterator[tuple[Ids, int]]:
         """Disjoint windows: each token counts once, and the first of a window comes after the one before it alone."""
@@ -101,8 +102,7 @@ class DecoderRespondent:
         ids = [*_start_ids(tokenizer)[-1:], *tokenizer.encode_batch([question.prompt.before])[0]]
         length = min(question.window or self._model.max_length, self._model.max_length)
         for start in range(0, len(ids) - 1, length - 1):
-            row = ids[start : start + length]
-            yield row, len(row) - 1
+            yield ids[start : start + length], 1
 
     def _context(self, prompt: Prompt, before: Ids) -> Ids:
         tokenizer = self._model.tokenizer
@@ -140,14 +140,14 @@ def _start_ids(tokenizer: Encoder) -> Ids:
     return tokenizer.start_of_text_ids or [tokenizer.id_of(name)]
 
 
-def _answers_reply(question: Question, rows: Sequence[tuple[Ids, int]], kept: Sequence[TokenScores]) -> Reply:
+def _answers_reply(answers: Sequence[TokenScores]) -> Reply:
     return {
-        "logprobs": [math.fsum(logprob for logprob, _ in tokens) for tokens in kept],
-        "num_tokens": [num for _, num in rows],
-        "is_greedy": [all(is_likeliest for _, is_likeliest in tokens) for tokens in kept],
+        "logprobs": [math.fsum(logprob for logprob, _ in tokens) for tokens in answers],
+        "num_tokens": [len(tokens) for tokens in answers],
+        "is_greedy": [all(is_likeliest for _, is_likeliest in tokens) for tokens in answers],
     }
 
 
-def _reading_reply(kept: Sequence[TokenScores]) -> Reply:
-    nats = -math.fsum(logprob for tokens in kept for logprob, _ in tokens)
-    return {"nats": nats, "num_tokens": sum(map(len, kept))}
+def _reading_reply(windows: Sequence[TokenScores]) -> Reply:
+    nats = -math.fsum(logprob for tokens in windows for logprob, _ in tokens)
+    return {"nats": nats, "num_tokens": sum(map(len, windows))}
