@@ -13,13 +13,17 @@ H, K, D, NUM_BLOCKS = 4, 2, 8, 64
 Sequences = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), min_size=1, max_size=5)
 
 
-@given(Sequences, st.sampled_from([1, 3, 4]), st.sampled_from([None, 1, 5]), st.integers(0, 2**20))
+@given(Sequences, st.sampled_from([1, 3, 4]), st.sampled_from([None, 1, 5]), st.booleans(), st.integers(0, 2**20))
 def test_paged_attention_over_scattered_blocks_is_dense_attention(
-    sequences: list[tuple[int, int]], block_size: int, window: int | None, seed: int
+    sequences: list[tuple[int, int]], block_size: int, window: int | None, is_in_place: bool, seed: int
 ) -> None:
-    """Each sequence is (tokens computed before, tokens now), so decodes, prompts and chunks are mixed in one batch."""
+    """Each sequence is (tokens computed before, tokens now), so decodes, prompts and chunks are mixed in one batch; few queries
+    attend in place, or with the others where a device cannot.
+    """
     generator = torch.Generator().manual_seed(seed)
     cache = PagedCache(tiny_config(), range(2, 4), NUM_BLOCKS * 4, block_size, torch.float32, torch.device("cpu"))
+    assert cache.can_attend_in_place
+    cache.can_attend_in_place = is_in_place
     free = torch.randperm(NUM_BLOCKS * 4, generator=generator).tolist()
     tables = [tuple(free.pop() for _ in range(-(-(past + new) // block_size))) for past, new in sequences]
     q, k, v = ([torch.randn(past + new, heads, D, generator=generator) for past, new in sequences] for heads in (H, K, K))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from powerhouse.engine import kernels
-from powerhouse.engine.kernels import CANDIDATES, choose_kernel, products, sdpa
+from powerhouse.engine.kernels import CANDIDATES, can_attend_in_place, choose_kernel, products, sdpa
 
 CPU = torch.device("cpu")
 
@@ -29,6 +29,18 @@ def test_the_first_kernel_that_is_right_is_chosen_and_logged(
 def test_every_kernel_of_the_cpu_is_dense_attention(dtype: torch.dtype) -> None:
     for kernel in CANDIDATES["cpu"].values():
         assert kernels._fault(kernel, CPU, dtype, (8, 2, 16)) is None
+
+
+def test_queries_attend_in_place_where_that_is_dense_attention(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert can_attend_in_place(CPU, torch.float32, 9, 3, 64)
+    assert not can_attend_in_place(CPU, torch.bfloat16, 9, 3, 64), "there are no such sparse products"
+    monkeypatch.setattr(kernels, "_in_place", lambda *given: 2 * sdpa(*given))
+    assert not can_attend_in_place(CPU, torch.float32, 9, 3, 64)
+    assert caplog.messages[0] == "decodes attend to pages in place"
+    assert caplog.messages[1].startswith("decodes do not attend to pages in place: off by")
 
 
 @pytest.mark.gpu

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from fakes import write_tiny_model
+from fakes import write_tiny_adapter, write_tiny_model
 from powerhouse.engine import Completion, Engine, EngineConfig, PipelineRunner, SamplingParams, run_stage
 from powerhouse.engine.runner import Bubbles
 from powerhouse.errors import EngineError
+from powerhouse.models.adapters import LoRAConfig, PromptConfig
 from powerhouse.models.hub import read_config
 from powerhouse.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = ["It was the best of times", "Call me", [7] * 30, "猫", [1, 2, 3]]
+PROMPTS: list[str | list[int]] = ["It was the best of times", "Call me", [7] * 30, "猫", [1, 2, 3]]
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=20, temperature=1.1, top_p=0.95, seed=3)
 START_TIMEOUT_S = EXIT_TIMEOUT_S = 300
@@ -40,18 +41,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def settings(num_stages: int) -> EngineConfig:
-    return EngineConfig(
-        num_stages=num_stages, num_threads=1, block_size=4, num_blocks=32, max_num_batched_tokens=16, max_num_seqs=8
-    )
+def settings(num_stages: int, **more: object) -> EngineConfig:
+    limits = {"num_threads": 1, "block_size": 4, "num_blocks": 32, "max_num_batched_tokens": 16, "max_num_seqs": 8}
+    return EngineConfig.model_validate({"num_stages": num_stages} | limits | more)
 
 
 def expected(directory: Path, params: SamplingParams) -> list[Completion]:
     return list(Engine.from_directory(directory, settings(1)).generate(PROMPTS, params))
 
 
-def start(runner: PipelineRunner, num_stages: int, directory: Path) -> list[ForkServerProcess]:
-    arguments = (num_stages, directory, settings(num_stages), runner.address, runner.store_port, runner.secret)
+def start(runner: PipelineRunner, num_stages: int, directory: Path, **more: object) -> list[ForkServerProcess]:
+    arguments = (num_stages, directory, settings(num_stages, **more), runner.address, runner.store_port, runner.secret)
     stages = [processes.Process(target=run_stage, args=(rank, *arguments), daemon=True) for rank in range(num_stages)]
     for stage in stages:
         stage.start()
@@ -59,12 +59,12 @@ def start(runner: PipelineRunner, num_stages: int, directory: Path) -> list[Fork
 
 
 @contextmanager
-def pipeline(num_stages: int, directory: Path) -> Iterator[tuple[Engine, list[ForkServerProcess]]]:
+def pipeline(num_stages: int, directory: Path, **more: object) -> Iterator[tuple[Engine, list[ForkServerProcess]]]:
     runner = PipelineRunner.listen(num_stages)
-    stages = start(runner, num_stages, directory)
+    stages = start(runner, num_stages, directory, **more)
     try:
         runner.wait_ready(START_TIMEOUT_S)
-        yield Engine(read_config(directory), Tokenizer.load(directory), settings(num_stages), runner), stages
+        yield Engine(read_config(directory), Tokenizer.load(directory), settings(num_stages, **more), runner), stages
     finally:
         runner.close()
         for stage in stages:
@@ -87,6 +87,48 @@ def test_stages_in_processes_are_one_stage_token_for_token(directory: Path, num_
         assert engine.stats()["kv_cache_usage"] == 0
         assert list(engine.generate(PROMPTS, GREEDY)) == expected(directory, GREEDY), "aborts leave the stages in step"
     assert [stage.exitcode for stage in stages] == [0] * num_stages
+
+
+@pytest.fixture(scope="module")
+def adapters(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    kinds = {"formal": LoRAConfig(rank=3), "rude": LoRAConfig(rank=2), "short": PromptConfig(num_tokens=5)}
+    return {name: write_tiny_adapter(folder / name, directory, kind, seed) for seed, (name, kind) in enumerate(kinds.items())}
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_adapters_and_guesses_in_stage_processes_are_those_of_one_stage_without(
+    directory: Path, adapters: dict[str, Path], drafts: bool
+) -> None:
+    """Half the requests are aborted midway at first; the draft model, which reads no soft prompts, computes in the driver."""
+    names = ["formal", "rude"] if drafts else list(adapters)
+    loaded = {"adapters": {name: adapters[name] for name in names}, "num_blocks": 96}
+    guessing = {"speculation": {"num_tokens": 3, "model": directory} if drafts else {"num_tokens": 3, "ngram": 1}}
+    asked = [(prompt, name, params) for name in (None, *names) for prompt in PROMPTS[1:4] for params in (GREEDY, SEEDED)]
+    alone = answers(Engine.from_directory(directory, settings(1, **loaded)), asked)
+    assert len({tuple(answer) for answer in alone}) > len(asked) / 2, "adapters and parameters change the answer"
+    with pipeline(2, directory, **loaded, **guessing) as (engine, _):
+        answers(engine, asked, num_steps_to_abort=9)
+        assert answers(engine, asked) == alone
+        stats = engine.stats()
+        assert 0 < stats["num_guessed_right"] < stats["num_guessed"]
+        assert stats["kv_cache_usage"] == 0
+
+
+def answers(
+    engine: Engine, asked: list[tuple[str | list[int], str | None, SamplingParams]], num_steps_to_abort: int | None = None
+) -> list[list[int]]:
+    """Tokens of each request, all at once; every second one is aborted after that many steps."""
+    ids = [engine.add_request(prompt, params, adapter=name) for prompt, name, params in asked]
+    found: dict[str, list[int]] = {request_id: [] for request_id in ids}
+    num_steps = 0
+    while engine.has_unfinished:
+        for output in engine.step():
+            found[output.request_id] += output.token_ids
+        num_steps += 1
+        for request_id in ids[::2] if num_steps == num_steps_to_abort else ():
+            engine.abort(request_id)
+    return list(found.values())
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

@@ -1,7 +1,8 @@
 """Attention over a paged KV cache (Kwon et al. 2023, section 4.1), in plain torch.
 
 Shapes: T tokens of the batch, B sequences that attend together, Q queries of each, S keys (whole blocks), L layers of this
-stage, N blocks, P tokens in a block, H query heads, K key/value heads, D head width, M blocks that are read.
+stage, N blocks, P tokens in a block, H query heads, K key/value heads, D head width, M blocks that are read, R queries that
+attend in place.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from powerhouse.engine.batch import ForwardBatch
-from powerhouse.engine.kernels import Reach, choose_kernel
+from powerhouse.engine.kernels import Places, Reach, attend_in_place, can_attend_in_place, choose_kernel
 from powerhouse.models.attention import Mask, PositionBias
 from powerhouse.models.decoder import DecoderConfig
 from powerhouse.models.kernels import sdpa_attention
 
 _SPLIT_TOKENS = 512
 """Padding that is worth another group: what a group costs beside its tokens, in tokens (two CPU cores)."""
+_FEW_QUERIES = 8
+"""Up to here a sequence's queries attend in place, each for itself: decodes, and guesses with them."""
 
 
 class PagedCache:
@@ -44,14 +47,21 @@ class PagedCache:
         self.num_kv_heads = config.num_key_value_heads
         self.num_groups = config.num_attention_heads // config.num_key_value_heads
         self.block_size = block_size
-        self.kernel = choose_kernel(device, dtype, config.num_attention_heads, self.num_kv_heads, config.head_dim)
+        self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.kernel = choose_kernel(device, dtype, *self.heads, config.head_dim)
+        self.can_attend_in_place = can_attend_in_place(device, dtype, *self.heads, config.head_dim)
         self.k_LKNPD = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LKNPD = torch.zeros(shape, dtype=dtype, device=device)
+        self._pages = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in zip(self.k_LKNPD, self.v_LKNPD, strict=True)]
 
     def write(self, layer: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Put each token's key and value into its slot."""
-        for pages_LKNPD, new_TKD in ((self.k_LKNPD, k_TKD), (self.v_LKNPD, v_TKD)):
-            pages_LKNPD[layer - self.first_layer].flatten(1, 2).index_copy_(1, slots_T, new_TKD.transpose(0, 1))
+        for pages_KND, new_TKD in zip(self.pages(layer), (k_TKD, v_TKD), strict=True):
+            pages_KND.index_copy_(1, slots_T, new_TKD.transpose(0, 1))
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values where they lie, slot by slot: [K, N x P, D] twice."""
+        return self._pages[layer - self.first_layer]
 
     def read(self, layer: int, blocks_M: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
         """The keys and values of blocks of B sequences, equally many each: [K, B, S, D] twice."""
@@ -72,12 +82,29 @@ class _Group:
     positions_BQ: Tensor
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Queries that attend in place, with the blocks of their contexts; `rows_R` is None where they are the whole batch."""
+
+    rows_R: Tensor | None
+    tables_RM: Tensor
+    positions_R: Tensor
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, spans: Sequence[range], members: Sequence[int], cache: PagedCache) -> _Rows:
+        num_blocks = max(len(batch.block_tables[i]) for i in members)
+        tables = [table for i in members for table in [_pad(batch.block_tables[i], num_blocks)] * len(spans[i])]
+        rows_R = _indices([row for i in members for row in spans[i]], cache)
+        positions_R = _indices(batch.positions, cache)[rows_R]
+        return cls(None if len(members) == len(spans) else rows_R, _indices(tables, cache), positions_R)
+
+
 class PagedAttention:
     """The `Attend` of one batch: writes the new keys and values into their blocks, then attends over each whole context.
 
-    A prompt from its start attends to itself, without the cache. The others go by groups, so all decodes are one call, or a
-    few where contexts differ so much that padding would cost more. What differs per batch and not per layer is made once,
-    here.
+    A prompt from its start attends to itself, without the cache. Where a sequence has few queries and the device can, they
+    attend in place, those of all such sequences in one call. The others go by groups, a few where contexts differ so much that
+    padding would cost more. What differs per batch and not per layer is made once, here.
     """
 
     def __init__(self, cache: PagedCache, batch: ForwardBatch) -> None:
@@ -87,8 +114,12 @@ class PagedAttention:
         spans = [range(start, stop) for start, stop in pairwise(starts)]
         is_fresh = [len(span) > 1 and batch.positions[span.start] == 0 for span in spans]
         self._prompts = [span for span, fresh in zip(spans, is_fresh, strict=True) if fresh]
-        self._groups = list(_groups(batch, spans, [i for i, fresh in enumerate(is_fresh) if not fresh], cache))
-        self._reaches: dict[int | None, list[Reach]] = {}  # by window
+        others = [i for i, fresh in enumerate(is_fresh) if not fresh]
+        few = [i for i in others if cache.can_attend_in_place and len(spans[i]) <= _FEW_QUERIES]
+        self._rows = _Rows.of(batch, spans, few, cache) if few else None
+        self._groups = list(_groups(batch, spans, [i for i in others if i not in few], cache))
+        self._places: dict[int | None, Places] = {}  # by window
+        self._reaches: dict[int | None, list[Reach]] = {}
 
     def __call__(
         self,
@@ -105,9 +136,14 @@ class PagedAttention:
         if window not in self._reaches:
             self._reaches[window] = [self._reach(group, window) for group in self._groups]
         self._cache.write(layer, self._slots_T, k_TKD, v_TKD)
+        if self._rows and self._rows.rows_R is None:
+            return self._attend_in_place(layer, q_THD, self._rows, window)
         if len(self._groups) == 1 and self._groups[0].rows_T is None:
             return self._attend(layer, q_THD, self._groups[0], self._reaches[window][0])
         out_THD = torch.empty_like(q_THD)
+        if self._rows and self._rows.rows_R is not None:
+            rows_R = self._rows.rows_R
+            out_THD.index_copy_(0, rows_R, self._attend_in_place(layer, q_THD.index_select(0, rows_R), self._rows, window))
         for span in self._prompts:
             q, k, v = (x[None, span.start : span.stop] for x in (q_THD, k_TKD, v_TKD))
             out_THD[span.start : span.stop] = sdpa_attention(q, k, v, Mask(window=window))[0]
@@ -115,6 +151,14 @@ class PagedAttention:
             assert group.rows_T is not None, "a group that is the whole batch is the only one"
             out_THD.index_copy_(0, group.rows_T, self._attend(layer, q_THD.index_select(0, group.rows_T), group, reach))
         return out_THD
+
+    def _attend_in_place(self, layer: int, q_RHD: Tensor, rows: _Rows, window: int | None) -> Tensor:
+        k_KND, v_KND = self._cache.pages(layer)
+        if window not in self._places:
+            self._places[window] = Places.find(
+                rows.tables_RM, rows.positions_R, window, self._cache.block_size, self._cache.heads, k_KND.shape[1]
+            )
+        return attend_in_place(q_RHD, k_KND, v_KND, self._places[window])
 
     def _attend(self, layer: int, q_THD: Tensor, group: _Group, reach: Reach) -> Tensor:
         k_KBSD, v_KBSD = self._cache.read(layer, group.blocks_M, len(group.positions_BQ))
