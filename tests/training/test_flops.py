@@ -103,4 +103,4 @@ def test_a_gpu_is_found_by_the_name_that_its_driver_gives(name: str, peak: float
 
 
 def test_a_cpu_does_some_work_in_a_second() -> None:
-    assert 1e8 < measure_matmul(torch.float32, size=64, seconds=0.01) < 1e14
+    assert 1e8 < measure_matmul(torch.float32, largest=64, seconds=0.01) < 1e14

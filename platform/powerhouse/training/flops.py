@@ -106,13 +106,21 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak | None:
     return Peak(found.peak_tflops * 1e12, f"{name}, dense bfloat16, by its data sheet") if found else None
 
 
-def measure_matmul(dtype: torch.dtype, size: int = 512, seconds: float = 0.1) -> float:
-    """Most FLOP/s of a product of two square matrices on the CPU's torch threads, within that time but at least once."""
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    torch.mm(left, right)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
+def measure_matmul(dtype: torch.dtype, largest: int = 512, seconds: float = 0.1) -> float:
+    """Most FLOP/s of products of two square matrices on the CPU's torch threads, in about that time.
+
+    The matrices grow while a product is quick: one of 512 x 512 takes seconds where the CPU only emulates the dtype.
+    """
+    size, best = min(64, largest), 0.0
+    square = torch.ones(size, size, dtype=dtype)
+    torch.mm(square, square)
+    end = time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < end:
         start = time.perf_counter()
-        torch.mm(left, right)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        torch.mm(square, square)
+        took = time.perf_counter() - start
+        best = max(best, 2 * size**3 / took)
+        if took < seconds / 50 and size < largest:
+            size *= 2
+            square = torch.ones(size, size, dtype=dtype)
+    return best
