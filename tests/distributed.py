@@ -18,7 +18,6 @@ import torch.multiprocessing
 LIBRARIES = [
     "pytest",
     "pandas",
-    "peft",
     "transformers",
     "torch._dynamo",
     "torch.distributed.fsdp",
