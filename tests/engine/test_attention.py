@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import tiny_config
+from powerhouse.engine import attention
 from powerhouse.engine.attention import PagedAttention, PagedCache
 from powerhouse.engine.batch import ForwardBatch
 from powerhouse.models.attention import Mask, dense_attention
@@ -13,17 +16,23 @@ H, K, D, NUM_BLOCKS = 4, 2, 8, 64
 Sequences = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), min_size=1, max_size=5)
 
 
-@given(Sequences, st.sampled_from([1, 3, 4]), st.sampled_from([None, 1, 5]), st.booleans(), st.integers(0, 2**20))
+@given(
+    Sequences,
+    st.sampled_from([1, 3, 4]),
+    st.sampled_from([None, 1, 5]),
+    st.sampled_from([None, 4, 4096]),
+    st.integers(0, 2**20),
+)
 def test_paged_attention_over_scattered_blocks_is_dense_attention(
-    sequences: list[tuple[int, int]], block_size: int, window: int | None, is_in_place: bool, seed: int
+    sequences: list[tuple[int, int]], block_size: int, window: int | None, most_padding: int | None, seed: int
 ) -> None:
-    """Each sequence is (tokens computed before, tokens now), so decodes, prompts and chunks are mixed in one batch; few queries
-    attend in place, or with the others where a device cannot.
+    """Each sequence is (tokens computed before, tokens now), so decodes, prompts and chunks are mixed in one batch; decodes
+    attend in place, all at once or in several groups, or with the others as where a device cannot.
     """
     generator = torch.Generator().manual_seed(seed)
     cache = PagedCache(tiny_config(), range(2, 4), NUM_BLOCKS * 4, block_size, torch.float32, torch.device("cpu"))
     assert cache.can_attend_in_place
-    cache.can_attend_in_place = is_in_place
+    cache.can_attend_in_place = most_padding is not None
     free = torch.randperm(NUM_BLOCKS * 4, generator=generator).tolist()
     tables = [tuple(free.pop() for _ in range(-(-(past + new) // block_size))) for past, new in sequences]
     q, k, v = ([torch.randn(past + new, heads, D, generator=generator) for past, new in sequences] for heads in (H, K, K))
@@ -31,7 +40,8 @@ def test_paged_attention_over_scattered_blocks_is_dense_attention(
         spans = [range(past) if is_past else range(past, past + new) for past, new in sequences]
         batch = lay_out(spans, tables, block_size)
         rows = [torch.cat([x[i][span.start : span.stop] for i, span in enumerate(spans)]) for x in (q, k, v)]
-        out_THD = PagedAttention(cache, batch)(3, *rows, window=window)
+        with patch.object(attention, "_SPLIT_DECODES", most_padding):
+            out_THD = PagedAttention(cache, batch)(3, *rows, window=window)
     expected = []
     for (past, _), q_SHD, k_SKD, v_SKD in zip(sequences, q, k, v, strict=True):
         mask = Mask(num_past=past, window=window)

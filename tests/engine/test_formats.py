@@ -27,7 +27,7 @@ def rounded(weight_OI: Tensor, settings: dict[str, str]) -> Tensor:
         scale_OI, centre_OI = grid_GO2.to(torch.bfloat16).float().repeat_interleave(GROUP, dim=0).permute(2, 1, 0)
         return (codes_OI - 8) * scale_OI + centre_OI
     if quantization:
-        codes_OI, scales_O = quantize_int8(weight_OI)
+        codes_OI, scales_O = quantize_int8(weight_OI, 127 if quantization == "int8" else 64)
         scales_O = scales_O.to(torch.bfloat16).float() if quantization == "int8" else scales_O
         return codes_OI.float() * scales_O[:, None]
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -44,7 +44,7 @@ def rounded(weight_OI: Tensor, settings: dict[str, str]) -> Tensor:
         ({"dtype": "bfloat16"}, 1e-2 if compute_dtype(torch.bfloat16, CPU) == torch.bfloat16 else 1e-6),
         ({"quantization": "int8"}, 1e-2),  # activations of 8 bits of mantissa
         ({"quantization": "int4"}, 1e-2),
-        ({"quantization": "int8_dynamic"}, 2e-2),  # activations of 7 bits
+        ({"quantization": "int8_dynamic"}, 1e-2),  # activations of 8 bits
     ],
     ids=str,
 )
@@ -71,6 +71,15 @@ def test_packed_layers_side_by_side_give_the_product_of_the_rounded_weights(
 def test_rounded_weights_are_near(quantization: str, error: float) -> None:
     weight_OI = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
     assert (rounded(weight_OI, {"quantization": quantization}) - weight_OI).norm() < error * weight_OI.norm()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@torch.inference_mode()
+def test_the_largest_products_of_int8_dynamic_do_not_overflow(sign: int) -> None:
+    layer = nn.Linear(96, 32, bias=False)
+    layer.weight.fill_(sign)
+    out = make_pack(EngineConfig(quantization="int8_dynamic"), torch.float32, CPU)([layer])(torch.ones(3, 96))
+    torch.testing.assert_close(out, torch.full((3, 32), 96.0 * sign))
 
 
 @torch.inference_mode()

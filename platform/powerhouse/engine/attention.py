@@ -1,7 +1,7 @@
 """Attention over a paged KV cache (Kwon et al. 2023, section 4.1), in plain torch.
 
 Shapes: T tokens of the batch, B sequences that attend together, Q queries of each, S keys (whole blocks), L layers of this
-stage, N blocks, P tokens in a block, H query heads, K key/value heads, D head width, M blocks that are read, R queries that
+stage, N blocks, P tokens in a block, H query heads, K key/value heads, D head width, M blocks that are read, R decodes that
 attend in place.
 """
 
@@ -23,8 +23,8 @@ from powerhouse.models.kernels import sdpa_attention
 
 _SPLIT_TOKENS = 512
 """Padding that is worth another group: what a group costs beside its tokens, in tokens (two CPU cores)."""
-_FEW_QUERIES = 8
-"""Up to here a sequence's queries attend in place, each for itself: decodes, and guesses with them."""
+_SPLIT_DECODES = 4096
+"""The same of decodes that attend in place, whose padding costs no more than a softmax."""
 
 
 class PagedCache:
@@ -83,28 +83,33 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Queries that attend in place, with the blocks of their contexts; `rows_R` is None where they are the whole batch."""
+class _Decodes:
+    """Those of about as many keys, which attend in place; `rows_R` is None where they are the whole batch."""
 
     rows_R: Tensor | None
     tables_RM: Tensor
     positions_R: Tensor
 
     @classmethod
-    def of(cls, batch: ForwardBatch, spans: Sequence[range], members: Sequence[int], cache: PagedCache) -> _Rows:
+    def of(cls, batch: ForwardBatch, spans: Sequence[range], members: Sequence[int], cache: PagedCache) -> _Decodes:
         num_blocks = max(len(batch.block_tables[i]) for i in members)
-        tables = [table for i in members for table in [_pad(batch.block_tables[i], num_blocks)] * len(spans[i])]
-        rows_R = _indices([row for i in members for row in spans[i]], cache)
+        tables = [_pad(batch.block_tables[i], num_blocks) for i in members]
+        rows_R = _indices([spans[i].start for i in members], cache)
         positions_R = _indices(batch.positions, cache)[rows_R]
         return cls(None if len(members) == len(spans) else rows_R, _indices(tables, cache), positions_R)
+
+    def places(self, window: int | None, cache: PagedCache) -> Places:
+        num_slots = cache.pages(cache.first_layer)[0].shape[1]
+        return Places.find(self.tables_RM, self.positions_R, window, cache.block_size, cache.heads, num_slots)
 
 
 class PagedAttention:
     """The `Attend` of one batch: writes the new keys and values into their blocks, then attends over each whole context.
 
-    A prompt from its start attends to itself, without the cache. Where a sequence has few queries and the device can, they
-    attend in place, those of all such sequences in one call. The others go by groups, a few where contexts differ so much that
-    padding would cost more. What differs per batch and not per layer is made once, here.
+    A prompt from its start attends to itself, without the cache. Decodes attend in place where the device can. The others, and
+    they where it cannot, have what they attend to read out of the pages, sequences of equally many queries together. Either way
+    one call is for all, or a few where contexts differ so much that padding would cost more. What differs per batch and not per
+    layer is made once, here.
     """
 
     def __init__(self, cache: PagedCache, batch: ForwardBatch) -> None:
@@ -115,10 +120,12 @@ class PagedAttention:
         is_fresh = [len(span) > 1 and batch.positions[span.start] == 0 for span in spans]
         self._prompts = [span for span, fresh in zip(spans, is_fresh, strict=True) if fresh]
         others = [i for i, fresh in enumerate(is_fresh) if not fresh]
-        few = [i for i in others if cache.can_attend_in_place and len(spans[i]) <= _FEW_QUERIES]
-        self._rows = _Rows.of(batch, spans, few, cache) if few else None
-        self._groups = list(_groups(batch, spans, [i for i in others if i not in few], cache))
-        self._places: dict[int | None, Places] = {}  # by window
+        decodes = [i for i in others if cache.can_attend_in_place and len(spans[i]) == 1]
+        lengths = [(len(batch.block_tables[i]), i) for i in decodes]
+        alike = _split(lengths, cache.block_size, _SPLIT_DECODES)
+        self._decodes = [_Decodes.of(batch, spans, members, cache) for members in alike]
+        self._groups = list(_groups(batch, spans, sorted({*others} - {*decodes}), cache))
+        self._places: dict[int | None, list[Places]] = {}  # by window
         self._reaches: dict[int | None, list[Reach]] = {}
 
     def __call__(
@@ -135,15 +142,18 @@ class PagedAttention:
         assert bias is None, "no decoder that pages its cache has a position bias"
         if window not in self._reaches:
             self._reaches[window] = [self._reach(group, window) for group in self._groups]
+            self._places[window] = [decodes.places(window, self._cache) for decodes in self._decodes]
         self._cache.write(layer, self._slots_T, k_TKD, v_TKD)
-        if self._rows and self._rows.rows_R is None:
-            return self._attend_in_place(layer, q_THD, self._rows, window)
+        k_KND, v_KND = self._cache.pages(layer)
+        if self._decodes and self._decodes[0].rows_R is None:
+            return attend_in_place(q_THD, k_KND, v_KND, self._places[window][0])
         if len(self._groups) == 1 and self._groups[0].rows_T is None:
             return self._attend(layer, q_THD, self._groups[0], self._reaches[window][0])
         out_THD = torch.empty_like(q_THD)
-        if self._rows and self._rows.rows_R is not None:
-            rows_R = self._rows.rows_R
-            out_THD.index_copy_(0, rows_R, self._attend_in_place(layer, q_THD.index_select(0, rows_R), self._rows, window))
+        for decodes, places in zip(self._decodes, self._places[window], strict=True):
+            assert decodes.rows_R is not None, "decodes that are the whole batch are the only ones"
+            out_RHD = attend_in_place(q_THD.index_select(0, decodes.rows_R), k_KND, v_KND, places)
+            out_THD.index_copy_(0, decodes.rows_R, out_RHD)
         for span in self._prompts:
             q, k, v = (x[None, span.start : span.stop] for x in (q_THD, k_TKD, v_TKD))
             out_THD[span.start : span.stop] = sdpa_attention(q, k, v, Mask(window=window))[0]
@@ -151,14 +161,6 @@ class PagedAttention:
             assert group.rows_T is not None, "a group that is the whole batch is the only one"
             out_THD.index_copy_(0, group.rows_T, self._attend(layer, q_THD.index_select(0, group.rows_T), group, reach))
         return out_THD
-
-    def _attend_in_place(self, layer: int, q_RHD: Tensor, rows: _Rows, window: int | None) -> Tensor:
-        k_KND, v_KND = self._cache.pages(layer)
-        if window not in self._places:
-            self._places[window] = Places.find(
-                rows.tables_RM, rows.positions_R, window, self._cache.block_size, self._cache.heads, k_KND.shape[1]
-            )
-        return attend_in_place(q_RHD, k_KND, v_KND, self._places[window])
 
     def _attend(self, layer: int, q_THD: Tensor, group: _Group, reach: Reach) -> Tensor:
         k_KBSD, v_KBSD = self._cache.read(layer, group.blocks_M, len(group.positions_BQ))
@@ -176,7 +178,7 @@ def _groups(batch: ForwardBatch, spans: Sequence[range], members: Sequence[int],
         by_queries[len(spans[i])].append(i)
     positions_T = _indices(batch.positions, cache)
     for sequences in by_queries.values():
-        for similar in _split([(len(batch.block_tables[i]), i) for i in sequences], cache.block_size):
+        for similar in _split([(len(batch.block_tables[i]), i) for i in sequences], cache.block_size, _SPLIT_TOKENS):
             rows_BQ = _indices([list(spans[i]) for i in similar], cache)
             num_blocks = max(len(batch.block_tables[i]) for i in similar)
             blocks_M = _indices([block for i in similar for block in _pad(batch.block_tables[i], num_blocks)], cache)
@@ -184,13 +186,13 @@ def _groups(batch: ForwardBatch, spans: Sequence[range], members: Sequence[int],
             yield _Group(None if is_all else rows_BQ.flatten(), blocks_M, positions_T[rows_BQ])
 
 
-def _split(lengths: Sequence[tuple[int, int]], block_size: int) -> list[list[int]]:
-    """Sequences, given with their number of blocks, in groups: a new one where it spares more padding than a group costs."""
+def _split(lengths: Sequence[tuple[int, int]], block_size: int, most: int) -> list[list[int]]:
+    """Sequences, given with their number of blocks, in groups: a new one where it spares more than `most` tokens of padding."""
     ordered = sorted(lengths, reverse=True)
     groups: list[list[int]] = []
     longest = 0
     for place, (num_blocks, i) in enumerate(ordered):
-        if not groups or (longest - num_blocks) * (len(ordered) - place) * block_size > _SPLIT_TOKENS:
+        if not groups or (longest - num_blocks) * (len(ordered) - place) * block_size > most:
             groups.append([])
             longest = num_blocks
         groups[-1].append(i)

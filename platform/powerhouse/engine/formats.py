@@ -10,8 +10,9 @@ What is stored and how it is multiplied, on the CPU (`_weight_*` and `quantized:
                   them as they are (below 6e-5 to 3e-8, float16's smallest step)
     int8          a scale per output, activations bfloat16, sums float32
     int4          a scale and an offset per G inputs and output, activations bfloat16
-    int8_dynamic  int8 weights, and each row of activations rounded to 7 bits by its own largest value, which keeps 8-bit
-                  products from overflowing 16-bit sums on AVX2; a row's result knows nothing of the other rows
+    int8_dynamic  7-bit weights with a scale per output, and each row of activations rounded to 8 bits by its own largest value:
+                  one bit less somewhere keeps pairs of products from overflowing 16-bit sums on AVX2, and weights need it
+                  least; a row's result knows nothing of the other rows
 
 On a GPU: plain matrices, int8 as a product that `torch.compile` fuses with the conversion, int4 by tinygemm.
 """
@@ -34,8 +35,8 @@ GROUP = 32
 """Inputs that share a scale in int4."""
 _FEW_ROWS = 8
 """Up to here the kernels of weight-only formats are faster than a product of converted weights (AVX2, 3072 x 576)."""
-_LEVELS = 63
-"""Largest activation in int8_dynamic."""
+_LEVELS, _WEIGHT_LEVELS = 127, 64
+"""Largest activation and largest weight in int8_dynamic. Activations are stored as 1 to 255, and 2 x 255 x 64 is below 2^15."""
 
 Linears = Sequence[nn.Linear]
 Pack = Callable[[Linears], nn.Module]
@@ -160,11 +161,11 @@ class Int4Linear(nn.Module):
 
 
 class Int8DynamicLinear(nn.Module):
-    """int8 weights with a scale per output, and activations rounded to 7 bits row by row."""
+    """7-bit weights with a scale per output, and activations rounded to 8 bits row by row."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
-        codes_OI, scales_O = quantize_int8(weight_OI)
+        codes_OI, scales_O = quantize_int8(weight_OI, _WEIGHT_LEVELS)
         zeros_O = torch.zeros(len(scales_O), dtype=torch.long)
         self.bias_O = bias_O
         with warnings.catch_warnings():
@@ -182,10 +183,10 @@ class Int8DynamicLinear(nn.Module):
         return out_TO if self.bias_O is None else out_TO + self.bias_O
 
 
-def quantize_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -127..127 [O, I] and scales [O]; a weight is about code x scale."""
+def quantize_int8(weight_OI: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:
+    """Codes up to `largest` on both sides of 0 [O, I] and scales [O]; a weight is about code x scale."""
     weight_OI = weight_OI.float()
-    scales_O = (weight_OI.abs().amax(1) / 127).clamp(min=1e-12)
+    scales_O = (weight_OI.abs().amax(1) / largest).clamp(min=1e-12)
     return (weight_OI / scales_O[:, None]).round().to(torch.int8), scales_O
 
 
