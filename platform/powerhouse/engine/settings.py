@@ -30,7 +30,7 @@ class EngineConfig(Config):
     """Precision of weights, activations and KV cache; on a CPU without 16-bit arithmetic, of the weights alone."""
     quantization: Quantization | None = None
     """Weights rounded as they are loaded. int8: a scale per output. int4: a scale and an offset for every 32 inputs of an
-    output. int8_dynamic, on a CPU: as int8, and activations are rounded too, which makes products faster, not only smaller."""
+    output. int8_dynamic, on a CPU: activations are rounded too, which makes products faster, not only smaller."""
     device: DeviceName = "auto"
     """Where each stage computes."""
     num_stages: int = Field(default=1, gt=0)
