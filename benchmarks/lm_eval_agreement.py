@@ -146,7 +146,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = storage_root() / "lm_eval_agreement"
     model = fetch_model(FetchModelConfig(name="smollm2-135m-instruct", output=folder / "model")).path
-    items = [make_item(text, label) for text, label in read_items(0)]
+    items = [make_item(text, label) for text, label in read_items(0) if len(text.split()) > 5]
     lines = [json.dumps(item) for item in items[: arguments.num_items]]
     (folder / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with serving(model) as url:
