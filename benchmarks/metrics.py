@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def make_pairs(num_pairs: int) -> list[Pair]:
     systems, reference, _ = read_systems()
     outputs = list(systems.values())
     against = [(texts, reference) for texts in outputs] + [(one, other) for one in outputs for other in outputs if one != other]
-    pairs = (Pair(said, (wanted,)) for one, other in against for said, wanted in zip(one, other, strict=True))
-    return list(islice(cycle(pairs), num_pairs))
+    pairs = ((number, Pair(*item)) for one, other in against for number, item in enumerate(zip(one, zip(other), strict=True)))
+    # One sentence after the other: two halves then share no text, whose words the first to meet it would keep for the second.
+    return [pair for _, pair in sorted(islice(cycle(pairs), num_pairs), key=itemgetter(0))]
 
 
 def by_sacrebleu(pairs: Sequence[Pair]) -> float:
