@@ -21,14 +21,16 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from powerhouse.artifacts import Artifact
-from powerhouse.cluster.local import STATE_FILE
+from powerhouse.cluster.local import STATE_FILE, LocalCluster
 from powerhouse.cluster.processes import find_free_port, find_processes
 from powerhouse.models.hub import load_decoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, list[str]] = {
-    "tokens": ["vocab_size=512", "row_length=65"],
+    "corpus": ["workers.num=1"],
+    "tokens": ["workers.num=1", "vocab_size=512", "row_length=65"],
+    "evaluation": ["num_actors=1"],
     "model": ["num_steps=12", "global_batch_rows=8", "run.micro_batch_rows=2", "optim.warmup_steps=2", "optim.lr=0.01",
               "model.vocab_size=512", "model.hidden_size=64", "model.intermediate_size=128", "model.num_attention_heads=4",
               "model.head_dim=16", "model.max_position_embeddings=64"],
@@ -166,19 +168,21 @@ def test_ctrl_c_stops_everything(line: Line) -> None:
         assert demo.stdout is not None
         while b"== " not in demo.stdout.readline():
             pass
-        cluster_id = json.loads((line.storage / STATE_FILE).read_text())["cluster_id"]
+        cluster = LocalCluster(**json.loads((line.storage / STATE_FILE).read_text()))
         time.sleep(3)
-        processes = find_processes(cluster_id)
+        processes = find_processes(cluster.cluster_id)
         demo.send_signal(signal.SIGINT)
         demo.stdout.read()
 
     assert demo.returncode == 130
-    assert still_running(cluster_id, processes) == []
+    assert still_running(cluster.cluster_id, processes) == []
+    assert not Path(cluster.temp_dir).exists()
+    assert not (line.storage / STATE_FILE).exists()
 
 
 def test_a_failing_stage_fails_the_demo_and_stops_everything(line: Line, tmp_path: Path) -> None:
     values = yaml.safe_load(line.config.read_text())
-    values["stages"] = [values["stages"][1] | {"overrides": ["no_such_key=1"]}]
+    values["stages"] = [values["stages"][0] | {"overrides": ["no_such_key=1"]}]
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "powerhouse.cluster.line", "demo", "--config", str(tmp_path / "demo.yaml")]
 
@@ -186,5 +190,5 @@ def test_a_failing_stage_fails_the_demo_and_stops_everything(line: Line, tmp_pat
 
     assert done.returncode == 2
     assert "no_such_key: unknown key" in done.stdout
-    assert "jobs/curate_corpus.py failed" in done.stderr
+    assert "jobs/fetch_texts.py failed" in done.stderr
     assert not (line.storage / STATE_FILE).exists()

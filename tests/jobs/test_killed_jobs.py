@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -97,6 +98,20 @@ def cluster() -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("in")
+    for number in range(NUM_FILES):
+        (folder / f"{number:04d}.txt").write_text(prose(number, 6))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: str, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus as a run makes it that nobody kills."""
+    return curate(make_config(notes, tmp_path_factory.mktemp("whole") / "corpus")).path
+
+
 def test_what_workers_cannot_do_is_one_error(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: pa.Table) -> pa.Table:
         raise OSError(28, "No space left on device")
@@ -123,39 +138,32 @@ def test_what_workers_cannot_do_is_one_error(cluster: str, monkeypatch: pytest.M
 
 
 def test_a_job_killed_whole_then_its_driver_then_a_worker_ends_with_the_same_bytes(
-    cluster: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: str, notes: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_logger("corpora").addHandler(caplog.handler)
-    (tmp_path / "in").mkdir()
-    for number in range(NUM_FILES):
-        (tmp_path / "in" / f"{number:04d}.txt").write_text(prose(number, 6))
-    config = make_config(tmp_path / "in", tmp_path / "corpus")
+    config = make_config(notes, tmp_path / "corpus")
     kill_driver(config, tmp_path, cluster, with_workers=True)
     of_first_run = parts_of(config.output)
     kill_driver(config, tmp_path, cluster, with_workers=False)
     of_second_run = parts_of(config.output)
     kill_worker(config)
-    whole = curate(make_config(tmp_path / "in", tmp_path / "other" / "corpus"))
     assert 0 < len(of_first_run) < len(of_second_run)
     assert of_first_run.items() < of_second_run.items() < parts_of(config.output).items()
-    assert contents(config.output) == contents(whole.path)
-    assert contents(tmp_path / "corpus_documents") == contents(tmp_path / "other" / "corpus_documents")
+    assert contents(config.output) == contents(whole)
+    assert contents(tmp_path / "corpus_documents") == contents(whole.with_name("corpus_documents"))
     (told,) = (record.fields for record in caplog.records if record.message == "documents of an earlier run are kept")  # type: ignore[attr-defined]
     assert told["num_kept"] >= 256 * len(of_second_run), "a worker may end its part after its driver's death"
     assert told["num_kept"] + told["num_scored"] == NUM_FILES
 
 
 def test_a_cut_out_of_stored_scores_that_is_killed_goes_on_from_the_files_that_are_written(
-    cluster: str, tmp_path: Path
+    cluster: str, notes: Path, whole: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "in").mkdir()
-    for number in range(200):
-        (tmp_path / "in" / f"{number:04d}.txt").write_text(prose(number, 6))
-    inputs = [{"name": "notes", "kind": "other", "path": tmp_path / "in"}]
-    config = curate_config(tmp_path / "in", tmp_path / "corpus", inputs=inputs, num_documents_per_file=2)
-    half = config.model_copy(update={"heldout_share": 0.5})
-    expected = contents(curate(half).path)
-    curate(config)  # another cut out of the same scores
+    for name in ("expected", "killed"):
+        shutil.copytree(whole.parent, tmp_path / name)  # scores, and another cut out of them
+    config = make_config(notes, tmp_path / "killed" / "corpus")
+    half = config.model_copy(update={"heldout_share": 0.5, "num_documents_per_file": 40})
+    expected = contents(curate(half.model_copy(update={"output": tmp_path / "expected" / "corpus"})).path)
     job = start_job("curate_corpus.py", *job_overrides(half), storage=tmp_path, address=cluster)
     while not (config.output / "plan.txt").exists() or len(files_of(config.output)) < 12:
         assert job.poll() is None, "it ended before it could be killed"
@@ -166,9 +174,9 @@ def test_a_cut_out_of_stored_scores_that_is_killed_goes_on_from_the_files_that_a
     of_first_run = files_of(config.output)
     (config.output / "train" / ".part-00000.parquet.1.tmp").write_bytes(b"half")
     again = curate(half)
-    whole = {
+    ranges = {
         name: time_ns for name, time_ns in of_first_run.items() if siblings(name, files_of(config.output)) <= set(of_first_run)
     }
-    assert whole.items() < files_of(config.output).items()
-    assert whole
+    assert ranges.items() < files_of(config.output).items()
+    assert ranges
     assert contents(again.path) == expected

@@ -29,9 +29,10 @@ from powerhouse.cluster.local import LocalCluster, LocalClusterConfig
 from powerhouse.cluster.processes import PeakMemory, check_port_is_free
 from powerhouse.config import Config, StoragePath, parse_command_line, storage_root
 from powerhouse.errors import ClusterError, PowerhouseError
-from powerhouse.report import write_report
 
 _READY_TIMEOUT_S = 600.0
+_PROBE_INTERVAL_S = 0.5
+_PROBES_PER_STATUS = 10  # `serve status` takes seconds of a core, which the starting replica needs
 
 
 class StageConfig(Config):
@@ -102,6 +103,8 @@ def run_line(cluster: LocalCluster, config: LineConfig) -> None:
         deploy(cluster, config)
         answer = ask(config)
     serving = f"replica ready and {answer.num_tokens} tokens streamed"
+    from powerhouse.report import write_report  # plotting is slow to load, and only a finished line is drawn
+
     write_report(config.report, {stage.kind: stage.artifact for stage in config.stages}, config.prompt, answer.text)
     rows = [_row(result) for result in results]
     rows.append(("serve", f"http://127.0.0.1:{config.http_port}", serving, f"{time.monotonic() - start:.1f}", _mib(memory)))
@@ -118,11 +121,12 @@ def deploy(cluster: LocalCluster, config: LineConfig) -> None:
     cluster.deploy(_with_port(config))
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline:
+        for _ in range(_PROBES_PER_STATUS):
+            if _answers(config):
+                return
+            time.sleep(_PROBE_INTERVAL_S)
         if failure := _deploy_failure(cluster):
             raise ClusterError("the endpoint did not come up", got=failure)
-        if _answers(config):
-            return
-        time.sleep(0.5)
     raise ClusterError("the endpoint was not ready in time", got=f"{_READY_TIMEOUT_S:.0f} s", do=f"see {cluster.dashboard_url}")
 
 

@@ -124,9 +124,7 @@ def start(config: LocalClusterConfig, *, outlives_us: bool) -> LocalCluster:
         raise ClusterError("a cluster is already running here", got=running.dashboard_url, do="make down")
     check_port_is_free(config.dashboard_port, "Ray's dashboard", "cluster.dashboard_port=NUMBER")
     cluster_id = uuid.uuid4().hex
-    subprocess.run(
-        [_tool("ray"), "get-auth-token", "--generate"], env=_environment(cluster_id), check=True, capture_output=True
-    )
+    _make_token(cluster_id)
     temp_dir = tempfile.mkdtemp(prefix="ph-", dir="/tmp")  # short: Ray's socket paths have a limit of 107 bytes
     log = Path(temp_dir) / "head.log"
     with log.open("w", encoding="utf-8") as output:
@@ -183,6 +181,13 @@ def _head_command(config: LocalClusterConfig, temp_dir: str) -> list[str]:
     }
     flags = ["--head", "--block", "--include-dashboard=true", "--disable-usage-stats"]
     return [_tool("ray"), "start", *flags, *(f"{name}={value}" for name, value in options.items())]
+
+
+def _make_token(cluster_id: str) -> None:
+    """Have Ray write a token where there is none; asking takes it seconds, so where it would look is looked at here first."""
+    if not ({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or Path("~/.ray/auth_token").expanduser().exists()):
+        command = [_tool("ray"), "get-auth-token", "--generate"]
+        subprocess.run(command, env=_environment(cluster_id), check=True, capture_output=True)
 
 
 def _environment(cluster_id: str) -> dict[str, str]:

@@ -28,8 +28,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import rensa
 import xxhash
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from powerhouse.corpora.document import Columns, Draft, Outcome, Removal
 from powerhouse.telemetry import make_logger
@@ -162,6 +160,10 @@ def clusters(num_documents: int, pairs: Iterable[tuple[Indices, Indices]]) -> It
 
     The pairs of one band are forgotten before those of the next come: what they join has one label from then on.
     """
+    # Slow to load, and only the process that decides needs them: the workers sign.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     labels_N = np.arange(num_documents, dtype=np.int32 if num_documents < 2**31 else np.int64)
     for left, right in pairs:
         one, other = labels_N[left], labels_N[right]

@@ -7,7 +7,7 @@ number of workers, for a metric that batches too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,10 @@ import numpy.typing as npt
 from powerhouse.evaluation.metric import Metric, Pair, Part, merge
 from powerhouse.evaluation.pool import in_pool
 from powerhouse.evaluation.score import Sums
-from powerhouse.evaluation.settings import PoolConfig
 from powerhouse.telemetry import progress
+
+if TYPE_CHECKING:
+    from powerhouse.evaluation.settings import PoolConfig
 
 BLOCK_ITEMS = 1000
 """Items that go to a worker at a time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,10 @@ from ray.exceptions import RayError
 
 from powerhouse import errors
 from powerhouse.errors import ClusterError, PowerhouseError
-from powerhouse.evaluation.settings import PoolConfig
 from powerhouse.session import connect
+
+if TYPE_CHECKING:  # an actor of a metric needs no torch, which the settings of a whole evaluation bring along
+    from powerhouse.evaluation.settings import PoolConfig
 
 Batch = dict[str, npt.NDArray[Any]]
 
