@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from powerhouse.cluster.local import STATE_FILE, LocalCluster, LocalClusterConfig, start
-from powerhouse.cluster.processes import find_free_port, find_processes
+from powerhouse.cluster.processes import CLUSTER_VARIABLE, find_free_port, find_processes
 from powerhouse.config import STORAGE_VARIABLE
 from powerhouse.errors import ClusterError
 
@@ -97,6 +97,8 @@ def test_a_second_cluster_on_its_port_or_its_storage_is_refused(
 def test_kill_9_of_its_owner_ends_the_whole_cluster(owner: subprocess.Popen[bytes], cluster: LocalCluster) -> None:
     assert cluster.is_running
     assert owner.poll() is None
+    processes = find_processes(cluster.cluster_id)
+    assert [process for process in processes if CLUSTER_VARIABLE not in process.environ()] == []
     owner.send_signal(signal.SIGKILL)
 
     deadline = time.monotonic() + 300

@@ -1,7 +1,7 @@
 """Find, measure and end every process of a local cluster, however it was orphaned.
 
 All of them inherit one environment variable with the cluster's id; parents and process groups change when a parent is
-killed, the environment does not. Some of Ray's write their name over it: those are known as children of the others.
+killed, the environment does not. A process that has lost it is known as a child of the others.
 """
 
 from __future__ import annotations
