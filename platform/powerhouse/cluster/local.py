@@ -198,7 +198,6 @@ def _environment(cluster_id: str) -> dict[str, str]:
     marks = {CLUSTER_VARIABLE: cluster_id, STORAGE_VARIABLE: str(storage_root()), "RAY_AUTH_MODE": "token"}
     # A head that is told to stop would first wait half a minute for its node to be drained; there is no other to take over.
     marks["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
-    marks["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # then an agent whose node is gone stops to call it, and ends
     marks["SPT_NOENV"] = "1"  # Ray's processes that name themselves would write over their environment, and the mark in it
     return environment | marks | {"PATH": path, "PYTHONUNBUFFERED": "1"}
 
