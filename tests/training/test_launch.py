@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,21 @@ from powerhouse.artifacts import Artifact
 from powerhouse.models.hub import load_model
 from powerhouse.telemetry import read_metrics
 from powerhouse.training.checkpoint import whole_steps
-from powerhouse.training.config import TrainingConfig
+from powerhouse.training.config import TrainingConfig, read_shape
 from powerhouse.training.watch import METRICS, STARTS
 from tiny_run import losses, make_config, run_loop, write_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_model.py"
-NUM_STEPS, EVERY = 150, 10
+NUM_STEPS, EVERY = 60, 10
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 2}
+    quick["prestart_worker_first_driver"] = False  # workers that no run would use
     head = {"num_cpus": 2, "resources": {"data": 1, "serve": 1}, "include_dashboard": False, "_system_config": quick}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RAY_TMPDIR", temporary)  # else this would be the cluster of whoever looks for one by "auto"
@@ -70,7 +72,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
 
 def config_in(folder: Path, **changes: Any) -> TrainingConfig:
     write_tokens(folder / "tokens")
-    run = {"checkpoint_every": EVERY, "cpus_per_worker": 1} | changes.pop("run", {})
+    run = {"checkpoint_every": EVERY, "cpus_per_worker": 1, "micro_batch_rows": 4} | changes.pop("run", {})
     return make_config(folder, run=run, **{"num_steps": NUM_STEPS, **changes})
 
 
@@ -123,26 +125,27 @@ def is_training_worker(process: psutil.Process) -> bool:
     return False
 
 
-def test_an_elastic_run_that_loses_a_node_to_a_notice_saves_and_goes_on_with_fewer_workers(
-    whole: TrainingConfig, cluster: Cluster, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def elastic(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
+    """Give a run of an adapter by one or two workers that was told of a node to be taken away."""
+    folder = tmp_path_factory.mktemp("elastic")
     nodes = [add_training_node(cluster), add_training_node(cluster)]
-    config = config_in(tmp_path, run={"checkpoint_every": 1000, "min_workers": 1})  # saved at the notice and at the end
+    config = adapter_config_in(folder, checkpoint_every=1000, min_workers=1)  # saved at the notice and at the end
 
     # Ray waits this long for the workers that there is no room for any more.
-    with job(config, cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="20") as process:
-        wait_until(lambda: num_done(config) > 12, process, config)
+    with job(config, cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5") as process:
+        wait_until(lambda: num_done(config) > 5, process, config)
         give_notice(cluster, nodes[1])
-        wait_until(lambda: whole_steps(config.checkpoints) != [], process, config)
-        [saved] = whole_steps(config.checkpoints)
-        code = process.wait()
-    for one in nodes:  # the tests after this one have a node of their own
+        assert process.wait() == 0, said(config)
+    for one in nodes:  # the runs after this one have a node of their own
         cluster.remove_node(one, allow_graceful=False)
+    return config
 
-    assert code == 0, said(config)
-    assert starts(config) == [(0, 2), (saved, 1)]
-    assert 12 < saved < NUM_STEPS
-    assert losses(config) == pytest.approx(losses(whole), abs=1e-5)
+
+def adapter_config_in(folder: Path, **run: Any) -> TrainingConfig:
+    base = write_tiny_model(folder / "base", num_hidden_layers=2)
+    adapter = {"kind": "lora", "rank": 2, "merges": True}
+    return config_in(folder, run=run, model=None, start_from=base, adapter=adapter, optim={"lr": 0.003})
 
 
 def give_notice(cluster: Cluster, node: Any) -> None:
@@ -158,51 +161,22 @@ def starts(config: TrainingConfig) -> list[tuple[int, int]]:
     return [(line["step"], line["workers"]) for line in read_metrics(config.output / STARTS) if "step" in line]
 
 
-def test_a_job_then_a_worker_killed_with_minus_9_leave_the_losses_of_a_run_without_ray_to_the_bit(
-    whole: TrainingConfig, cluster: Cluster, node: Any, tmp_path: Path
+def test_an_elastic_run_that_loses_a_node_to_a_notice_saves_and_goes_on_with_fewer_workers(
+    elastic: TrainingConfig, tmp_path: Path
 ) -> None:
-    config = config_in(tmp_path)
+    whole = read_shape(adapter_config_in(tmp_path))
 
-    with job(config, cluster.address) as process:
-        wait_until(lambda: num_done(config) > 15, process, config)
-        process.send_signal(signal.SIGKILL)
-    at_job_kill = num_done(config)
-    assert not (config.output / "manifest.json").exists()
-    with job(config, cluster.address) as process:
-        wait_until(lambda: num_done(config) > at_job_kill + 15, process, config)
-        training_workers(node)[-1].kill()
-        code = process.wait()
+    assert run_on_ranks(2, run_loop, whole) == [None, None]
 
-    assert code == 0, said(config)
-    assert 15 < at_job_kill < NUM_STEPS - 30
-    assert losses(config) == losses(whole)
-    artifact = Artifact.open(config.output, "model")
-    assert artifact.manifest.counts["steps"] == NUM_STEPS
-    assert artifact.manifest.counts["tokens_seen"] == NUM_STEPS * 8 * 16
+    [(first, of_two), (saved, of_one)] = starts(elastic)
+    assert (first, of_two, of_one) == (0, 2, 1)
+    assert 5 < saved < NUM_STEPS
+    assert losses(elastic) == pytest.approx(losses(whole), abs=1e-5)
 
 
-def test_a_loss_that_is_no_number_is_our_error_and_is_not_retried(cluster: Cluster, node: Any, tmp_path: Path) -> None:
-    config = config_in(tmp_path, optim={"lr": 1e30})
+def test_an_adapter_is_an_artifact_of_its_own_with_the_merged_model_beside_it(elastic: TrainingConfig) -> None:
+    base, done = elastic.output.parent / "base", Artifact.open(elastic.output, "adapter")
 
-    with job(config, cluster.address) as process:
-        assert process.wait() == 2, said(config)
-
-    assert "error: step 1: the loss or its gradient is not a number" in said(config)
-    assert num_done(config) == 1
-    assert not (config.output / "manifest.json").exists()
-
-
-def test_an_adapter_is_an_artifact_of_its_own_with_the_merged_model_beside_it(
-    cluster: Cluster, node: Any, tmp_path: Path
-) -> None:
-    base = write_tiny_model(tmp_path / "base", num_hidden_layers=2)
-    adapter = {"kind": "lora", "rank": 2, "merges": True}
-    config = config_in(tmp_path, num_steps=6, model=None, start_from=base, adapter=adapter)
-
-    with job(config, cluster.address) as process:
-        assert process.wait() == 0, said(config)
-
-    done = Artifact.open(config.output, "adapter")
     assert done.manifest.counts["trained_parameters"] < done.manifest.counts["parameters"] / 5
     ids_BT, positions_T = torch.arange(16).unsqueeze(0), torch.arange(16)
     adapted, merged = load_model(base, adapter=done.path), load_model(done.path / "merged")
@@ -210,35 +184,79 @@ def test_an_adapter_is_an_artifact_of_its_own_with_the_merged_model_beside_it(
     assert not torch.allclose(merged(ids_BT, positions_T), load_model(base)(ids_BT, positions_T), atol=1e-2)
 
 
-def test_a_model_that_no_worker_can_hold_is_one_error_that_says_so(cluster: Cluster, node: Any, tmp_path: Path) -> None:
-    shape = tiny_config(num_hidden_layers=2, vocab_size=2**36).model_dump()
-    config = config_in(tmp_path, model=shape, run={"max_failures": 0})
+@pytest.fixture(scope="module")
+def failed(cluster: Cluster, node: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainingConfig]:
+    """Give two runs of one worker each, side by side, that cannot end well."""
+    huge = tiny_config(num_hidden_layers=2, vocab_size=2**36).model_dump()
+    configs = {
+        "lr": config_in(tmp_path_factory.mktemp("lr"), optim={"lr": 1e30}, run={"num_workers": 1}),
+        "model": config_in(tmp_path_factory.mktemp("model"), model=huge, run={"num_workers": 1, "max_failures": 0}),
+    }
+    with contextlib.ExitStack() as jobs:
+        started = {name: jobs.enter_context(job(config, cluster.address)) for name, config in configs.items()}
+        assert {name: process.wait() for name, process in started.items()} == {"lr": 2, "model": 2}
+    return configs
 
-    with job(config, cluster.address) as process:
-        assert process.wait() == 2, said(config)
+
+def test_a_loss_that_is_no_number_is_our_error_and_is_not_retried(failed: dict[str, TrainingConfig]) -> None:
+    config = failed["lr"]
+
+    assert "error: step 1: the loss or its gradient is not a number" in said(config)
+    assert num_done(config) == len(starts(config)) == 1
+    assert not (config.output / "manifest.json").exists()
+
+
+def test_a_model_that_no_worker_can_hold_is_one_error_that_says_so(failed: dict[str, TrainingConfig]) -> None:
+    config = failed["model"]
 
     assert "error: a worker ran out of memory once" in said(config)
     assert "do: lower run.micro_batch_rows" in said(config)
 
 
-def test_a_worker_told_to_end_and_a_node_killed_with_minus_9_leave_the_losses_of_a_run_without_ray_to_the_bit(
+def test_a_job_a_worker_and_a_node_killed_with_minus_9_and_one_told_to_end_leave_the_losses_of_a_run_without_ray_to_the_bit(
     whole: TrainingConfig, cluster: Cluster, node: Any, tmp_path: Path
 ) -> None:
-    config = config_in(tmp_path, run={"checkpoint_every": 1000})  # saved at the signal and at the end
-
+    config = config_in(tmp_path)
     with job(config, cluster.address) as process:
-        wait_until(lambda: num_done(config) > 12, process, config)
-        training_workers(node)[0].terminate()
-        wait_until(lambda: len(starts(config)) > 1 and num_done(config) > starts(config)[1][0] + 15, process, config)
-        for one in processes(node):
-            with contextlib.suppress(psutil.NoSuchProcess):  # those of a raylet that is gone end by themselves
-                one.kill()
-        cluster.remove_node(node, allow_graceful=False)
-        add_training_node(cluster, 2)
-        code = process.wait()
+        wait_until(lambda: num_done(config) > EVERY and whole_steps(config.checkpoints) != [], process, config)
+        process.send_signal(signal.SIGKILL)
+    at_job_kill = num_done(config)
+    assert not (config.output / "manifest.json").exists()
 
-    assert code == 0, said(config)
-    saved = starts(config)[1][0]
-    assert starts(config) == [(0, 2), (saved, 2), (saved, 2)]
-    assert 12 < saved < NUM_STEPS - 15
+    # Saved at the signal and at the end: every start after it is from there.
+    config = config.model_copy(update={"run": config.run.model_copy(update={"checkpoint_every": 1000})})
+    with job(config, cluster.address) as process:
+        for number, strike in enumerate((tell_one_to_end, kill_one, partial(replace_node, cluster)), start=2):
+            wait_until(lambda number=number: len(starts(config)) == number and is_going(config), process, config)
+            strike(node)
+        assert process.wait() == 0, said(config)
+
+    _, resumed, saved = (step for step, _ in starts(config)[:3])
+    assert starts(config) == [(step, 2) for step in (0, resumed, saved, saved, saved)]
+    assert resumed % EVERY == 0 < resumed <= at_job_kill
+    assert resumed + 5 < saved < NUM_STEPS - 5
     assert losses(config) == losses(whole)
+    artifact = Artifact.open(config.output, "model")
+    assert artifact.manifest.counts["steps"] == NUM_STEPS
+    assert artifact.manifest.counts["tokens_seen"] == NUM_STEPS * 8 * 16
+
+
+def is_going(config: TrainingConfig) -> bool:
+    """Whether the newest start has done five steps."""
+    return num_done(config) > starts(config)[-1][0] + 5
+
+
+def tell_one_to_end(node: Any) -> None:
+    training_workers(node)[0].terminate()
+
+
+def kill_one(node: Any) -> None:
+    training_workers(node)[-1].kill()
+
+
+def replace_node(cluster: Cluster, node: Any) -> None:
+    for one in processes(node):
+        with contextlib.suppress(psutil.NoSuchProcess):  # those of a raylet that is gone end by themselves
+            one.kill()
+    cluster.remove_node(node, allow_graceful=False)
+    add_training_node(cluster, 2)

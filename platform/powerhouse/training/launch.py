@@ -6,19 +6,15 @@ All that a run needs to go on lies in its own folder; nothing is left to Ray's r
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray.exceptions
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer, get_device
-from ray.train.v2._internal.execution.callback import WorkerCallback
-from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.util.metrics import Gauge as RayGauge
 
 from powerhouse import artifacts
@@ -39,6 +35,7 @@ from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
 from powerhouse.training.rows import check_rows
 from powerhouse.training.sharding import WholeState
+from powerhouse.training.stopping import StopSignal, is_asked_to_stop
 from powerhouse.training.summary import write_summary
 from powerhouse.training.watch import METRICS, Watch, check_watch
 from powerhouse.training.workers import shrink_group
@@ -118,14 +115,13 @@ def _run_group(config: TrainingConfig) -> PowerhouseError | StopRequest | None:
     )
     with tempfile.TemporaryDirectory(prefix="ray-train-") as own_records:  # Ray's state of the run is not what we resume from
         trainer = TorchTrainer(
-            _work_or_tell,
-            train_loop_config={"config": config},
+            partial(_work_or_tell, config),  # as its `train_loop_config`, Ray's controller would load all that the config needs
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name="run",
                 storage_path=own_records,
                 failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
-                callbacks=[_StopSignal()],
+                callbacks=[StopSignal()],
             ),
         )
         try:
@@ -135,18 +131,6 @@ def _run_group(config: TrainingConfig) -> PowerhouseError | StopRequest | None:
         except ray.exceptions.RayError as error:
             raise ClusterError("the cluster was lost", got=error, do="run the job again when it is back") from error
     return outcome
-
-
-class _StopSignal(WorkerCallback):  # type: ignore[misc]  # Ray Train is not typed
-    """SIGTERM's handler in a worker: a batch system or Kubernetes sends it some time before it kills."""
-
-    was_sent = False
-
-    def after_init_train_context(self) -> None:
-        signal.signal(signal.SIGTERM, self)  # in the main thread, as it must be; Ray's own handler would end the process
-
-    def __call__(self, number: int, frame: Any) -> None:
-        self.was_sent = True
 
 
 _OUT_OF_MEMORY = ("OutOfMemory", "MemoryError", "out of memory", "can't allocate memory", "low on memory")
@@ -179,13 +163,13 @@ def _line_of_memory(error: Exception) -> str:
     return next((line for line in lines if "low on memory" in line), lines[-1])
 
 
-def _work_or_tell(arguments: dict[str, TrainingConfig]) -> PowerhouseError | StopRequest | None:
+def _work_or_tell(config: TrainingConfig) -> PowerhouseError | StopRequest | None:
     """Return what all ranks meet at once: raised, Ray would count a failure, and new workers would meet an error again.
 
     Another error is one rank's: it is raised, for the others wait for that rank, and Ray ends them.
     """
     try:
-        work(arguments["config"])
+        work(config)
     except (TrainingError, ArtifactError, StopRequest) as error:
         return error
     return None
@@ -204,20 +188,12 @@ def work(config: TrainingConfig) -> None:
     guard = Guard(config.optim, is_scaled=config.precision == "float16")
     objective = repeatable(config, partial(method.objective, chunk_tokens=config.run.loss_chunk_tokens))
     run_id = (config.output / UNFINISHED).read_text(encoding="utf-8")
-    with Checkpoints(config.checkpoints, run_id, config.run.keep_checkpoints, _is_asked_to_stop) as checkpoints:
+    with Checkpoints(config.checkpoints, run_id, config.run.keep_checkpoints, is_asked_to_stop) as checkpoints:
         start_step = checkpoints.resume(model, optimizer, guard)
         batches = read_batches(config, start_step, dist.get_rank(), dist.get_world_size(), device)
         with Watch(config, model, start_step, _ray_gauges()) as watch:
             train(model, optimizer, guard, objective, batches, config, start_step, watch, checkpoints)
     save_trained(config.output, config, WholeState(model), writes=dist.get_rank() == 0)
-
-
-def _is_asked_to_stop() -> bool:
-    """Whether this process was sent SIGTERM, or Ray told that a node of the run will be taken away (`ray drain-node`)."""
-    handler = signal.getsignal(signal.SIGTERM)
-    # What ray.train.get_preemption_info broadcasts, read here without its round through another process at every step.
-    is_noticed = get_internal_train_context().preemption_context.preemption_info is not None
-    return is_noticed or (isinstance(handler, _StopSignal) and handler.was_sent)
 
 
 def _ray_gauges() -> Gauge:
