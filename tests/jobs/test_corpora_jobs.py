@@ -68,13 +68,14 @@ def test_the_second_edition_of_a_book_is_mostly_duplicates(corpus: Path) -> None
     assert editions.count("a.txt") + editions.count("b.txt.gz") < 1.3 * max(editions.count("a.txt"), editions.count("b.txt.gz"))
 
 
-def test_neither_three_workers_in_place_of_one_nor_the_order_on_disk_change_a_byte(
-    corpus: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_neither_several_workers_in_place_of_one_nor_the_order_on_disk_change_a_byte(
+    corpus: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
-    monkeypatch.setattr(scored, "_BYTES_PER_TASK", 1)  # a task for each file, for three to share
+    monkeypatch.setattr(scored, "_BYTES_PER_TASK", 1)  # a task for each file, for all to share
     names = sorted((str(path.relative_to(inputs)) for path in inputs.rglob("*.*")), reverse=True)
     other = write_inputs(tmp_path / "in", names)
-    again = curate(curate_config(other, tmp_path / "corpus", workers={"num": 3, "num_cpus": 0.25}))
+    again = curate(curate_config(other, tmp_path / "corpus", workers={"num": num_workers, "num_cpus": 0.25}))
     assert contents(again.path) == contents(corpus)
 
 
