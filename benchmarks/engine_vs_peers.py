@@ -58,7 +58,7 @@ def contestants(arguments: argparse.Namespace, scratch: str) -> list[dict[str, A
     ]
     for dtype in ("bfloat16", "float32"):
         for name, is_continuous in ((dtype, False), (f"{dtype} continuous", True)):
-            peer = {"kind": "transformers", "name": name, "python": sys.executable}
+            peer: dict[str, Any] = {"kind": "transformers", "name": name, "python": sys.executable}
             found.append(peer | {"dtype": dtype, "is_continuous": is_continuous})
     for dtype, compiles in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
         name = f"{dtype} compiled" if compiles else dtype
@@ -72,10 +72,12 @@ def contestants(arguments: argparse.Namespace, scratch: str) -> list[dict[str, A
 
 
 def run(peer: dict[str, Any]) -> list[dict[str, float]]:
+    """What a contestant measured; nothing where it does not run on this machine, which is told."""
     script = __file__ if peer["kind"] == "powerhouse" else str(Path(__file__).with_name("engine_peers.py"))
     done = subprocess.run([peer["python"], script, json.dumps(peer)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{peer['kind']} {peer['name']}: exit status {done.returncode}\n{done.stderr[-3000:]}")
+        print(f"{peer['kind']} {peer['name']}: exit status {done.returncode}\n{done.stderr[-3000:]}", file=sys.stderr)
+        return []
     # vLLM's processes say something when they end, after the answer.
     [answer] = [line for line in done.stdout.splitlines() if line.startswith('[{"num"')]
     results: list[dict[str, float]] = json.loads(answer)
@@ -101,10 +103,10 @@ def main() -> None:
     missing = []
     with tempfile.TemporaryDirectory() as scratch:
         for peer in contestants(arguments, scratch):
-            if not peer["python"]:
+            results = run({"nums": arguments.nums, **common, **peer}) if peer["python"] else []
+            if not results:
                 missing.append(f"{peer['kind']} {peer['name']}")
-                continue
-            for result in run({"nums": arguments.nums, **common, **peer}):
+            for result in results:
                 num = int(result["num"])
                 decode = num * (MAX_TOKENS - 1) / (result["whole_s"] - result["first_s"])
                 speeds[peer["kind"], peer["name"], num] = num * MAX_TOKENS / result["whole_s"], decode
