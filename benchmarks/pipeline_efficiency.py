@@ -41,12 +41,11 @@ def settings(num_stages: int, num_threads: int, dtype: str) -> EngineConfig:
 
 
 @contextmanager
-def open_engine(model: Path, config: EngineConfig, num_more_slots: int) -> Iterator[Engine]:
+def open_engine(model: Path, config: EngineConfig) -> Iterator[Engine]:
     if config.num_stages == 1:
         yield Engine.from_directory(model, config)
         return
     runner = PipelineRunner.listen(config.num_stages)
-    runner.num_slots += num_more_slots
     context = multiprocessing.get_context("spawn")
     arguments = (config.num_stages, model, config, runner.address, runner.store_port, runner.secret)
     stages = [context.Process(target=run_stage, args=(rank, *arguments), daemon=True) for rank in range(config.num_stages)]
@@ -85,13 +84,13 @@ def main() -> None:
     generator = random.Random(0)
     prompts = [[generator.randrange(3, 49152) for _ in range(generator.randint(64, 256))] for _ in range(NUM_PROMPTS)]
     num_cores = len(os.sched_getaffinity(0))
-    cases = {f"1 stage, {threads} threads": (1, threads, 0) for threads in sorted({1, num_cores})}
-    cases |= {f"{stages} stages, {stages + more} batches": (stages, 1, more) for stages in arguments.stages for more in (0, 1)}
+    cases = {f"1 stage, {threads} threads": (1, threads) for threads in sorted({1, num_cores})}
+    cases |= {f"{stages} stages": (stages, 1) for stages in arguments.stages}
     speeds: dict[str, float] = {}
     waits: dict[str, list[float]] = {}
     for _ in range(NUM_TURNS):
-        for name, (num_stages, num_threads, num_more) in cases.items():
-            with open_engine(arguments.model, settings(num_stages, num_threads, arguments.dtype), num_more) as engine:
+        for name, (num_stages, num_threads) in cases.items():
+            with open_engine(arguments.model, settings(num_stages, num_threads, arguments.dtype)) as engine:
                 measure(engine, prompts, max_tokens=4)  # warms up
                 speed, bubbles = measure(engine, prompts)
             if speed > speeds.get(name, 0.0):
