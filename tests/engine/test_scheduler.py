@@ -109,11 +109,19 @@ def test_blocks_of_an_ended_request_stay_taken_while_it_is_in_flight() -> None:
 
 @pytest.mark.parametrize(("num_slots", "sizes"), [(1, [6, 0]), (2, [3, 3, 0]), (4, [2, 2, 2, 0])])
 def test_decodes_are_spread_over_the_batches_in_flight(num_slots: int, sizes: list[int]) -> None:
-    scheduler = make_scheduler(num_slots=num_slots)
+    scheduler = make_scheduler(tokens=12 * num_slots, num_slots=num_slots)
     for name in "abcdef":
         add(scheduler, name, 2)
-    assert len(run(scheduler)) == 6, "prompts are not spread"
+    assert len(run(scheduler)) == 6, "prompts are spread by their tokens alone"
     assert [len(scheduler.schedule()) for _ in sizes] == sizes
+
+
+def test_the_batches_in_flight_share_the_token_budget() -> None:
+    scheduler = make_scheduler(tokens=15, num_slots=2)
+    add(scheduler, "a", 12)
+    add(scheduler, "b", 6)
+    add(scheduler, "c", 7)
+    assert [names(scheduler.schedule()) for _ in range(2)] == [{"a": 8}, {"b": 6, "c": 2}]
 
 
 def test_a_request_ends_once() -> None:

@@ -1,7 +1,8 @@
 """Which layers each stage of a pipeline holds: the cut whose slowest stage is fastest, by measured time.
 
-The vocabulary on the last stage may take as long as many layers, so stages of equally many layers are not equally fast.
-Shapes: B requests that decode together, C model width.
+The vocabulary on the last stage may take as long as many layers, so stages of equally many layers are not equally fast. How
+many depends on the work: only tokens that are written reach the vocabulary, while layers compute those of prompts too.
+Shapes: T tokens of a batch, B requests of it that decode, C model width.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from powerhouse.errors import ConfigError
 from powerhouse.models.hub import read_config
 
 _NUM_TRIALS = 5
+_READ_PER_WRITTEN = 2
+"""Tokens of prompts that are expected for each of answers; chats have about one, questions about documents ten and more."""
 
 
 def cut_layers(num_layers: int, num_stages: int, head_layers: float = 0.0) -> list[range]:
@@ -50,25 +53,40 @@ def cut_layers(num_layers: int, num_stages: int, head_layers: float = 0.0) -> li
 
 
 def measure_head(directory: Path, config: EngineConfig) -> float:
-    """How many layers' time the vocabulary takes, when as many requests as there may be decode with the cache half full."""
+    """How many layers' time the vocabulary takes for a batch as a stage gets it: its share of the requests that there may be
+    decodes, with the cache half full, and a prompt is computed beside them.
+    """
     num_layers = read_config(directory).num_hidden_layers
     stage = Stage.load(directory, config, range(num_layers - 1, num_layers))
     longest = min(config.max_model_len or math.inf, stage.decoder.config.max_position_embeddings)
-    batch, hidden_BC = (
-        _decodes(config, int(longest)),
-        torch.zeros(config.max_num_seqs, stage.width, dtype=stage.dtype, device=stage.device),
-    )
-    head_s = _fastest(lambda: stage.decoder.project(hidden_BC))
-    return head_s / _fastest(lambda: stage.forward(batch, hidden_BC))
+    num_decodes = -(-config.max_num_seqs // config.num_stages)
+    batch = _batch(config, num_decodes, int(longest))
+    hidden_TC = torch.zeros(batch.num_tokens, stage.width, dtype=stage.dtype, device=stage.device)
+    head_s = _fastest(lambda: stage.decoder.project(hidden_TC[:num_decodes]))
+    return head_s / _fastest(lambda: stage.forward(batch, hidden_TC))
 
 
-def _decodes(config: EngineConfig, longest: int) -> ForwardBatch:
-    num_seqs, size = config.max_num_seqs, config.block_size
-    num_blocks = max(config.num_blocks // (2 * num_seqs), 1)
-    tables = tuple(tuple((i * num_blocks + j) % config.num_blocks for j in range(num_blocks)) for i in range(num_seqs))
+def _batch(config: EngineConfig, num_decodes: int, longest: int) -> ForwardBatch:
+    """Decodes of half the cache, and one prompt; where the cache is small they share blocks."""
+    size = config.block_size
+    num_blocks = max(config.num_blocks // (2 * config.max_num_seqs), 1)
     last = min(num_blocks * size, longest) - 1
-    slots = tuple(table[last // size] * size + last % size for table in tables)
-    return ForwardBatch((0,) * num_seqs, (last,) * num_seqs, slots, (1,) * num_seqs, tables, (), ())
+    num_read = min(_READ_PER_WRITTEN * num_decodes, config.num_blocks * size, longest)
+    spans = [range(last, last + 1)] * num_decodes + [range(num_read)]
+    tables = [_blocks(config, i * num_blocks, span.stop) for i, span in enumerate(spans)]
+    return ForwardBatch(
+        (0,) * (num_decodes + num_read),
+        tuple(position for span in spans for position in span),
+        tuple(table[at // size] * size + at % size for table, span in zip(tables, spans, strict=True) for at in span),
+        tuple(len(span) for span in spans),
+        tuple(tables),
+        (),
+        (),
+    )
+
+
+def _blocks(config: EngineConfig, first: int, num_tokens: int) -> tuple[int, ...]:
+    return tuple((first + i) % config.num_blocks for i in range(-(-num_tokens // config.block_size)))
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ class Scheduler:
         self.num_found = 0
         """Tokens of these that were there."""
         self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_batched_tokens = -(-max_num_batched_tokens // num_slots)
         self._num_slots = num_slots
 
     def add(self, request: Request) -> None:
@@ -72,7 +72,7 @@ class Scheduler:
     def _schedule_running(self) -> Schedule:
         scheduled: Schedule = {}
         budget = self._max_num_batched_tokens
-        # Decodes are spread evenly over the batches in flight, prompts are not: a step's time is that of its prompts.
+        # Decodes are spread evenly over the batches in flight, as the token budget is: unequal batches wait for each other.
         num_decodes = -(-len(self.running) // self._num_slots)
         num_spare = budget - len(self.running)
         for request in [request for request in self.running if not request.is_in_flight]:

@@ -46,7 +46,8 @@ class EngineConfig(Config):
     max_num_seqs: int = Field(default=32, gt=0)
     """Requests that compute at the same time, over all stages together."""
     max_num_batched_tokens: int = Field(default=512, gt=0)
-    """Tokens in one batch; a longer prompt is computed in chunks."""
+    """Tokens that are computed at the same time, over all stages together; a longer prompt is computed in chunks. Each of the
+    batches in flight, one per stage, has its share: a stage waits for the largest."""
     max_waiting_requests: int = Field(default=1024, gt=0)
     """Requests that may wait for their turn; one more is refused."""
     max_model_len: int | None = Field(default=None, gt=0)
