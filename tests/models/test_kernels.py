@@ -97,6 +97,27 @@ def test_gradients_of_every_kernel_are_those_of_the_dense_one(
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(300, 4, 2), (768, 2, 2)])
+def test_rows_that_are_halved_have_the_output_and_the_gradients_of_the_dense_kernel(
+    length: int, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64: what is left out or counted twice would show in the first digits, at any place."""
+    lengths = []
+    original = kernels.halved_attention
+    monkeypatch.setattr(kernels, "halved_attention", lambda q, k, v: lengths.append(q.shape[1]) or original(q, k, v))
+    leaves = [x.detach().double().requires_grad_() for x in qkv(length, length, heads, kv_heads)]
+    weights = torch.randn(2, length, heads, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    found = []
+    for kernel in (KERNELS["sdpa"], dense_attention):
+        out = kernel(*leaves, Mask())
+        found.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
+
+    assert lengths == [length]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("name", list(masks(8, 8)))

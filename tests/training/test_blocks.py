@@ -12,6 +12,8 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import run_on_ranks
+from powerhouse.models.decoder import Decoder, DecoderConfig
+from powerhouse.training.blocks import recompute_blocks
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.loop import accumulate
 from powerhouse.training.methods import METHODS, method_of
@@ -70,6 +72,25 @@ def test_blocks_computed_again_give_the_same_and_selective_ones_no_matrix_produc
         num_cheap = [sum(result["counts"][name] for name in CHEAP) for result in (kept, some, all_again)]
         assert num_products[0] == num_products[1] < num_products[2]
         assert num_cheap[0] < num_cheap[1]
+
+
+def test_attention_that_is_halved_is_computed_again_with_the_rest_of_a_block_and_kept_by_selective_recomputation() -> None:
+    gradients, num_computed = [], []
+    for what in (None, "selective", "full"):
+        model = Decoder(
+            DecoderConfig.model_validate(SHAPES["decoder"] | {"num_hidden_layers": 1, "max_position_embeddings": 256})
+        )
+        model.initialise(0)
+        if what:
+            recompute_blocks(model, what)
+        with Counted() as counted:
+            model(torch.arange(256)[None], torch.arange(256)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        num_computed.append(counted.counts["powerhouse.halved_attention"])
+
+    assert num_computed == [1, 1, 2]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[2], gradients[0], rtol=0, atol=0)
 
 
 @pytest.mark.slow

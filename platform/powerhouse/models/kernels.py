@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from powerhouse.models.attention import Kernel, Mask, PositionBias, RowAttention, dense_attention, distances
+from powerhouse.models.halving import can_halve, halved_attention
 
 _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 _CHUNK = 512
@@ -46,6 +47,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: PositionBi
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     num_groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(num_groups, dim=2) for x in (k, v)) if num_groups > 1 else (k, v)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.shape == k.shape and can_halve(q.shape[1]):
+        return halved_attention(q, k, v)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
     return out.transpose(1, 2)
 

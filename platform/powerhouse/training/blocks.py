@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from powerhouse.models.halving import HALVED_ATTENTION
 from powerhouse.training.sharding import blocks_of
 
 _aten = torch.ops.aten
@@ -21,6 +22,7 @@ _KEPT = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    HALVED_ATTENTION,
 }
 """What costs most to compute again: matrix products and fused attention (Korthikanti et al. 2022, section 5, keeps these and
 computes the cheap rest again). Not bmm: it makes scores of attention, which are large, and which our kernels then change."""
