@@ -1,4 +1,6 @@
-"""The job for real, on a cluster of several raylets: a job, a worker and a node killed with -9, a node that is taken away."""
+"""The job for real, on a cluster of several raylets: a job, a worker and a node killed with -9, a node that is taken away,
+a job and a worker told to end, memory that runs short.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -35,7 +40,8 @@ from tiny_run import losses, make_config, run_loop, write_tokens
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_model.py"
-NUM_STEPS, EVERY = 60, 10
+NUM_STEPS, EVERY = 80, 10
+GIB = 2**30
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +62,18 @@ def add_training_node(cluster: Cluster, num_workers: int = 1) -> Any:
     return cluster.add_node(num_cpus=num_workers, resources={"train": 1000})
 
 
-@pytest.fixture(scope="module")
-def node(cluster: Cluster) -> Any:
-    """Give a node with room for two workers."""
-    return add_training_node(cluster, 2)
+@contextlib.contextmanager
+def short_of_memory(cluster: Cluster) -> Iterator[Any]:
+    """Give a node with room for two workers that kills them once the machine has 6 GiB less to give than now.
+
+    That is some more than a run and what else the machine does take.
+    """
+    most = (get_used_memory() + 6 * GIB) / get_system_memory()
+    variables = {"RAY_memory_usage_threshold": str(most), "RAY_memory_monitor_refresh_ms": "100"}
+    node = cluster.add_node(num_cpus=2, resources={"train": 1000}, env_vars=variables)
+    yield node
+    if node in cluster.worker_nodes:
+        cluster.remove_node(node, allow_graceful=False)
 
 
 @pytest.fixture(scope="module")
@@ -187,24 +201,28 @@ def test_an_adapter_is_an_artifact_of_its_own_with_the_merged_model_beside_it(el
 
 
 @pytest.fixture(scope="module")
-def failed(cluster: Cluster, node: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainingConfig]:
-    """Give two runs of one worker each, side by side, that cannot end well."""
+def failed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainingConfig]:
+    """Give two runs, side by side, that cannot end well: one of two workers, one of a model that none can hold."""
+    node = add_training_node(cluster, 3)
     huge = tiny_config(num_hidden_layers=2, vocab_size=2**36).model_dump()
     configs = {
-        "lr": config_in(tmp_path_factory.mktemp("lr"), optim={"lr": 1e30}, run={"num_workers": 1}),
+        "lr": config_in(tmp_path_factory.mktemp("lr"), optim={"lr": 1e30}),
         "model": config_in(tmp_path_factory.mktemp("model"), model=huge, run={"num_workers": 1, "max_failures": 0}),
     }
     with contextlib.ExitStack() as jobs:
         started = {name: jobs.enter_context(job(config, cluster.address)) for name, config in configs.items()}
         assert {name: process.wait() for name, process in started.items()} == {"lr": 2, "model": 2}
+    cluster.remove_node(node, allow_graceful=False)
     return configs
 
 
-def test_a_loss_that_is_no_number_is_our_error_and_is_not_retried(failed: dict[str, TrainingConfig]) -> None:
+def test_a_loss_that_is_no_number_is_one_error_of_all_workers_and_is_not_retried(failed: dict[str, TrainingConfig]) -> None:
     config = failed["lr"]
 
-    assert "error: step 1: the loss or its gradient is not a number" in said(config)
-    assert num_done(config) == len(starts(config)) == 1
+    assert said(config).count("error: step 1: the loss or its gradient is not a number") == 1
+    assert "Traceback" not in said(config)
+    assert starts(config) == [(0, 2)]
+    assert num_done(config) == 1
     assert not (config.output / "manifest.json").exists()
 
 
@@ -215,41 +233,69 @@ def test_a_model_that_no_worker_can_hold_is_one_error_that_says_so(failed: dict[
     assert "do: lower run.micro_batch_rows" in said(config)
 
 
-def test_a_job_a_worker_and_a_node_killed_with_minus_9_and_one_told_to_end_leave_the_losses_of_a_run_without_ray_to_the_bit(
-    whole: TrainingConfig, cluster: Cluster, node: Any, tmp_path: Path
+def test_a_job_a_worker_and_a_node_killed_or_told_to_end_and_short_memory_leave_the_losses_of_a_run_without_ray_to_the_bit(
+    whole: TrainingConfig, cluster: Cluster, tmp_path: Path
 ) -> None:
     config = config_in(tmp_path)
-    with job(config, cluster.address) as process:
-        wait_until(lambda: num_done(config) > EVERY and whole_steps(config.checkpoints) != [], process, config)
-        process.send_signal(signal.SIGKILL)
-    at_job_kill = num_done(config)
-    assert not (config.output / "manifest.json").exists()
+    with short_of_memory(cluster) as node:
+        with job(config, cluster.address) as process:
+            wait_until(lambda: num_done(config) > EVERY and whole_steps(config.checkpoints) != [], process, config)
+            process.send_signal(signal.SIGKILL)
+        at_job_kill = num_done(config)
+        assert not (config.output / "manifest.json").exists()
 
-    # Saved at the signal and at the end: every start after it is from there.
-    config = config.model_copy(update={"run": config.run.model_copy(update={"checkpoint_every": 1000})})
-    with job(config, cluster.address) as process:
-        for number, strike in enumerate((tell_one_to_end, kill_one, partial(replace_node, cluster)), start=2):
-            wait_until(lambda number=number: len(starts(config)) == number and is_going(config), process, config)
-            strike(node)
-        assert process.wait() == 0, said(config)
+        # Saved at the signals and at the end: every start after one is from there.
+        config = config.model_copy(update={"run": config.run.model_copy(update={"checkpoint_every": 1000})})
+        with job(config, cluster.address) as process:
+            strike_in_turn(config, process, node, tell_one_to_end, fill_memory)
+            wait_until(lambda: is_going(config, 4), process, config)
+            process.terminate()
+            assert process.wait() == 2, said(config)
+        assert "error: the job was told to end (SIGTERM)\n  got: asked to stop; saved after " in said(config)
+        with job(config, cluster.address) as process:
+            strike_in_turn(config, process, node, kill_one, partial(replace_node, cluster))
+            assert process.wait() == 0, said(config)
 
-    _, resumed, saved = (step for step, _ in starts(config)[:3])
-    assert starts(config) == [(step, 2) for step in (0, resumed, saved, saved, saved)]
+    _, resumed, of_worker, _, of_job = (step for step, _ in starts(config)[:5])
+    assert starts(config) == [(step, 2) for step in (0, resumed, of_worker, of_worker, of_job, of_job, of_job)]
     assert resumed % EVERY == 0 < resumed <= at_job_kill
-    assert resumed + 5 < saved < NUM_STEPS - 5
+    assert resumed + 5 < of_worker < of_job - 5 < NUM_STEPS - 10
     assert losses(config) == losses(whole)
     artifact = Artifact.open(config.output, "model")
     assert artifact.manifest.counts["steps"] == NUM_STEPS
     assert artifact.manifest.counts["tokens_seen"] == NUM_STEPS * 8 * 16
 
 
-def is_going(config: TrainingConfig) -> bool:
-    """Whether the newest start has done five steps."""
-    return num_done(config) > starts(config)[-1][0] + 5
+def strike_in_turn(
+    config: TrainingConfig, process: subprocess.Popen[str], node: Any, *strikes: Callable[[Any], object]
+) -> None:
+    """Strike each start of the job once it is going."""
+    before = len(starts(config))
+    for number, strike in enumerate(strikes, start=before + 1):
+        wait_until(partial(is_going, config, number), process, config)
+        strike(node)
+
+
+def is_going(config: TrainingConfig, number: int) -> bool:
+    """Whether that start, counted from one, has done five steps."""
+    return len(starts(config)) == number and num_done(config) > starts(config)[-1][0] + 5
 
 
 def tell_one_to_end(node: Any) -> None:
     training_workers(node)[0].terminate()
+
+
+def fill_memory(node: Any) -> None:
+    """Take memory until Ray has killed a worker for it, and give it back; no step is done meanwhile."""
+    workers, taken = training_workers(node), []
+    for worker in workers:
+        worker.suspend()
+    while all(is_training_worker(worker) for worker in workers):
+        taken.append(np.ones(GIB // 32))
+        assert len(taken) < 100, "Ray did not mind 25 GiB"
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.resume()
 
 
 def kill_one(node: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import ray.exceptions
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import TorchTrainer, get_device
+from ray.train._internal.utils import get_address_and_port
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import get_device
+from ray.train.torch.config import _set_torch_distributed_env_vars
 from ray.util.metrics import Gauge as RayGauge
 
 from powerhouse import artifacts
@@ -35,8 +39,9 @@ from powerhouse.training.methods import method_of
 from powerhouse.training.optim import make_optimizer
 from powerhouse.training.rows import check_rows
 from powerhouse.training.sharding import WholeState
-from powerhouse.training.stopping import StopSignal, is_asked_to_stop
+from powerhouse.training.stopping import StopSignal, is_asked_to_stop, marking_sigterm
 from powerhouse.training.summary import write_summary
+from powerhouse.training.trainer import Trainer
 from powerhouse.training.watch import METRICS, Watch, check_watch
 from powerhouse.training.workers import shrink_group
 
@@ -46,7 +51,8 @@ def train_model(config: TrainingConfig) -> Artifact:
 
     Raises:
         ConfigError: the settings do not fit each other or the tokens.
-        TrainingError: the loss is not a number, or workers were lost more often than `run.max_failures`.
+        TrainingError: the loss is not a number, the job was told to end, or workers were lost more often than
+            `run.max_failures`.
     """
     tokens = Artifact.open(config.tokens, "tokens")
     config = read_shape(config)
@@ -89,6 +95,7 @@ def _make(folder: Path, config: TrainingConfig, row_length: int) -> Counts:
 
 # Ray's own 60 s is too short where an autoscaler must first start a node, or the workers' disk is cold.
 _START_TIMEOUT_S = 1800
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def _run_workers(config: TrainingConfig) -> None:
@@ -97,12 +104,21 @@ def _run_workers(config: TrainingConfig) -> None:
     run, fewest = config.run, config.run.min_workers or config.run.num_workers
     if fewest == run.num_workers:  # else Ray's time to start is up soon, and it counts anew how many there is room for
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
-    while isinstance(outcome := _run_group(config), StopRequest):
-        make_logger("training").warning(
-            "the workers were asked to stop: new ones go on", extra={"fields": {"why": str(outcome)}}
-        )
+    with marking_sigterm(_mark_of_stop(config)):
+        while isinstance(outcome := _run_group(config), StopRequest):
+            if _mark_of_stop(config).exists():
+                do = "run the job again: it goes on from there"
+                raise TrainingError("the job was told to end (SIGTERM)", got=outcome, do=do)
+            make_logger("training").warning(
+                "the workers were asked to stop: new ones go on", extra={"fields": {"why": str(outcome)}}
+            )
     if outcome is not None:
         raise outcome
+
+
+def _mark_of_stop(config: TrainingConfig) -> Path:
+    """In the folder that every node sees."""
+    return config.output / "stop"
 
 
 def _run_group(config: TrainingConfig) -> PowerhouseError | StopRequest | None:
@@ -114,7 +130,7 @@ def _run_group(config: TrainingConfig) -> PowerhouseError | StopRequest | None:
         resources_per_worker={"CPU": run.cpus_per_worker, "train": 0.001, **({"GPU": 1} if run.use_gpu else {})},
     )
     with tempfile.TemporaryDirectory(prefix="ray-train-") as own_records:  # Ray's state of the run is not what we resume from
-        trainer = TorchTrainer(
+        trainer = Trainer(
             partial(_work_or_tell, config),  # as its `train_loop_config`, Ray's controller would load all that the config needs
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
@@ -168,11 +184,26 @@ def _work_or_tell(config: TrainingConfig) -> PowerhouseError | StopRequest | Non
 
     Another error is one rank's: it is raised, for the others wait for that rank, and Ray ends them.
     """
+    outcome: PowerhouseError | StopRequest | None = None
+    join_group()
     try:
         work(config)
     except (TrainingError, ArtifactError, StopRequest) as error:
-        return error
-    return None
+        outcome = error
+    if dist.is_initialized():  # but for a worker that was one too many
+        dist.destroy_process_group()
+    return outcome
+
+
+def join_group() -> None:
+    """Join all workers of the run in torch's process group, as Ray's own TorchTrainer would."""
+    is_first, device = ray.train.get_context().get_world_rank() == 0, get_device()
+    address, port = broadcast_from_rank_zero(get_address_and_port() if is_first else None)
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    _set_torch_distributed_env_vars()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE_TIMEOUT)
 
 
 def work(config: TrainingConfig) -> None:
@@ -187,8 +218,9 @@ def work(config: TrainingConfig) -> None:
     optimizer = make_optimizer(model, config.optim_of_trained)
     guard = Guard(config.optim, is_scaled=config.precision == "float16")
     objective = repeatable(config, partial(method.objective, chunk_tokens=config.run.loss_chunk_tokens))
+    asked_to_stop = partial(is_asked_to_stop, _mark_of_stop(config))
     run_id = (config.output / UNFINISHED).read_text(encoding="utf-8")
-    with Checkpoints(config.checkpoints, run_id, config.run.keep_checkpoints, is_asked_to_stop) as checkpoints:
+    with Checkpoints(config.checkpoints, run_id, config.run.keep_checkpoints, asked_to_stop) as checkpoints:
         start_step = checkpoints.resume(model, optimizer, guard)
         batches = read_batches(config, start_step, dist.get_rank(), dist.get_world_size(), device)
         with Watch(config, model, start_step, _ray_gauges()) as watch:
