@@ -5,7 +5,7 @@
      ├── InputError (ValueError)        data from outside is missing, empty or damaged
      │    └── ModelFormatError          ... a model directory
      ├── ArtifactError                  a stage's folder is unfinished, foreign or not what its manifest says
-     ├── TrainingError                  a run that cannot go on: its loss is no number, its workers keep failing, it was told to end
+     ├── TrainingError                  a run that cannot go on: its loss is no number, its workers fail, it is told to end
      ├── RequestError (ValueError)      an inference request that can never be served
      │    └── QueueFullError            ... now: it may be sent again later
      ├── EngineError                    a pipeline stage is lost or broke, and the engine with it
