@@ -120,7 +120,7 @@ def measure_matmul(dtype: torch.dtype, largest: int = 512, seconds: float = 0.1)
         torch.mm(square, square)
         took = time.perf_counter() - start
         best = max(best, 2 * size**3 / took)
-        if took < seconds / 50 and size < largest:
+        if 8 * took < seconds and size < largest:  # as much work as the next size is
             size *= 2
             square = torch.ones(size, size, dtype=dtype)
     return best
