@@ -1,9 +1,10 @@
 """Training on the CPU: Ray Train with a sharded model, beside a bare torch loop and transformers' Trainer, on the same cores.
 
-    python benchmarks/training_throughput.py [--rounds 2] [--threads 2]
+    python benchmarks/training_throughput.py [--rounds 3] [--threads 2]
 
 The same fresh llama of 11 M parameters, the same rows of 512 tokens in the same order, the same batch, AdamW, clipping, fp32
-and number of threads; warm-up steps are left out. Every case runs in a process of its own, in turn, and the median of the
+and number of threads. The first steps are left out, of every case as many: while the job makes its first ones, Ray still
+starts processes of its own on the same cores. Every case runs in a process of its own, in turn, and the median of the
 rounds is told; `--cases` chooses them, those with torch.compile too, whose first step waits for its code. Ours is the real
 job: artifact, Ray, data from the shards, logs, and the time of a step is that at which its line is in the log. It alone
 asks glibc to keep freed memory, as every run of the job on a CPU does. `loss` is that of the last step.
@@ -50,7 +51,7 @@ SHAPE: dict[str, Any] = {
     "head_dim": 64,
     "max_position_embeddings": LENGTH,
 }
-WARM_UP, MEASURED = 2, 4
+WARM_UP, MEASURED = 8, 12
 NUM_STEPS = WARM_UP + MEASURED
 RATE = 3e-4
 NAMES = (
@@ -176,7 +177,7 @@ def run_ours(folder: Path, threads: int, num_workers: int, compiles: bool = Fals
     done = threading.Event()
 
     def watch_log() -> None:
-        while not done.wait(0.005):
+        while not done.wait(0.05):
             path = config.output / METRICS
             num_lines = path.read_text().count("\n") if path.exists() else 0
             times.extend([time.perf_counter()] * (num_lines - len(times)))
@@ -214,7 +215,7 @@ def run_case(name: str, threads: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES[:3])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--case", type=json.loads)

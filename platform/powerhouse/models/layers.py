@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from powerhouse.models.attention import Attend, PositionBias
+from powerhouse.models.backward import rms_norm, rotate
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines, [*, D] each; the sines of the first half are negative."""
@@ -50,6 +51,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.dtype == self.weight.dtype == torch.float32:
+            return rms_norm(x, self.weight, self.eps)
         x_fp32 = x.float()
         normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
@@ -58,6 +61,8 @@ class RMSNorm(nn.Module):
 def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotate each head by its position's angles; leading axes pass through."""
     cos, sin = (angles_TD.unsqueeze(-2).to(x_THD.dtype) for angles_TD in (cos_TD, sin_TD))
+    if torch.is_grad_enabled():
+        return rotate(x_THD, cos, sin)
     return x_THD * cos + x_THD.roll(x_THD.shape[-1] // 2, dims=-1) * sin
 
 
