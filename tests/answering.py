@@ -3,10 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import strategies as st
 
 from powerhouse.engine import Completion, Engine, Output, SamplingParams
 
 Texts = dict[str, Completion]
+
+Params = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 9),
+    temperature=st.sampled_from([0.0, 0.8, 1.5]),
+    top_k=st.none() | st.integers(1, 300),
+    top_p=st.sampled_from([0.5, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.1]),
+    seed=st.integers(0, 3),
+    n=st.sampled_from([1, 1, 3]),
+    repetition_penalty=st.sampled_from([1.0, 1.2]),
+    presence_penalty=st.sampled_from([0.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, -0.3]),
+    logit_bias=st.sampled_from([{}, {3: 2.0, 8: -100.0}]),
+    stop_token_ids=st.sampled_from([(), (7, 40, 41, 42)]),
+    stop=st.sampled_from([(), ("a",), ("e", "th")]),
+    ignore_eos=st.booleans(),
+    prompt_logprobs=st.sampled_from([None, None, 0]),
+    prompt_logprobs_from=st.sampled_from([0, 1]),
+)
+Tails = st.lists(st.integers(0, 299), min_size=1, max_size=14)
+Prompts = st.builds(
+    lambda length, tail: [*range(50, 50 + length), *tail], st.sampled_from([0, 3, 9]), Tails
+)  # many begin alike
+Requests = st.lists(st.tuples(Prompts, Params), min_size=1, max_size=8)
+Aborts = st.dictionaries(st.integers(0, 7), st.integers(0, 20), max_size=4)
 
 
 def run(
@@ -43,3 +73,26 @@ def join(outputs: list[Output]) -> Completion:
     return Completion(
         text, token_ids, ends[0], last.num_prompt_tokens, prompt_logprobs=first.prompt_logprobs, index=first.index
     )
+
+
+def check_all(
+    together: Texts, plain: Engine, requests: Sequence[tuple[list[int], SamplingParams]], aborts: dict[int, int]
+) -> None:
+    """What came out of a mix is what each request gives alone on the plain engine, up to where it was aborted."""
+    for i, (prompt, params) in enumerate(requests):
+        for alone in plain.generate([prompt], params):
+            check_found(together[f"{i}/{alone.index}" if alone.index else str(i)], alone, i in aborts)
+
+
+def check_found(found: Completion, alone: Completion, may_be_aborted: bool = False) -> None:
+    if found.finish_reason != "abort":
+        assert replace(found, prompt_logprobs=None) == replace(alone, prompt_logprobs=None)
+        assert logprobs_of(found) == pytest.approx(logprobs_of(alone), abs=1e-5)
+        return
+    assert may_be_aborted
+    assert alone.token_ids[: len(found.token_ids)] == found.token_ids
+    assert alone.text.startswith(found.text)
+
+
+def logprobs_of(found: Completion) -> list[float]:
+    return [told.logprob if told else 1 for told in found.prompt_logprobs or ()]

@@ -8,6 +8,7 @@ import pytest
 
 from fakes import tiny_decoder, tiny_tokenizer
 from powerhouse.engine import Engine, EngineConfig, LocalRunner
+from powerhouse.engine.batch import BatchResult
 from powerhouse.engine.stage import Stage
 from powerhouse.models.decoder import Decoder
 from powerhouse.models.generate import GenerationConfig, generate
@@ -22,6 +23,16 @@ class SlottedRunner(LocalRunner):
     def __init__(self, stage: Stage, num_slots: int) -> None:
         super().__init__(stage)
         self.num_slots = num_slots
+        self.tells_tokens = num_slots > 1
+        self._chosen: list[list[int]] = []
+
+    def collect(self) -> BatchResult:
+        batch = self._submitted.popleft()
+        if batch.awaited:
+            batch = batch.told(self._chosen[-batch.num_back])
+        result = self._stage.sample(batch, self._stage.forward(batch))
+        self._chosen.append(result.token_ids)
+        return result
 
 
 @pytest.fixture(scope="session")

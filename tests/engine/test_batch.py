@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
+
 from fakes import tiny_tokenizer
 from powerhouse.engine import SamplingParams
 from powerhouse.engine.batch import ForwardBatch, make_batch
@@ -19,6 +23,7 @@ def example() -> ForwardBatch:
     chunk = request([10, 11, 12, 13, 14, 15], 1, [5, 3, 8], SamplingParams())
     decode = request([20, 21], 1, [4], SamplingParams(temperature=0.5, top_k=9, top_p=0.8))
     decode.token_ids, decode.num_computed, decode.blocks = [20, 21, 22], 2, [4, 1]
+    chunk.num_in_flight, decode.num_in_flight = 3, 1
     return make_batch({chunk: 3, decode: 1}, block_size=2)
 
 
@@ -37,6 +42,21 @@ def test_only_a_request_whose_last_token_is_there_gets_a_new_one() -> None:
     assert batch.sampling == (RowSampling(0.5, 9, 0.8, draw_uniform(seed=7, num_tokens=1)),)
 
 
-def test_a_batch_survives_the_wire() -> None:
-    batch = example()
+def ahead() -> ForwardBatch:
+    """A decode after a token that row 4 of the second batch before chooses."""
+    planned = request([10, 11, 12], 2, [5, 3], SamplingParams())
+    planned.num_in_flight = 2  # the prompt's last token, and this one
+    return make_batch({planned: 1}, block_size=2, chosen_rows={planned: 4}, num_back=2)
+
+
+def test_a_token_that_is_not_known_is_told_by_the_batch_that_chooses_it() -> None:
+    batch = ahead()
+    assert (batch.positions, batch.slots, batch.awaited, batch.num_back) == ((3,), (3 * 2 + 1,), ((0, 4),), 2)
+    assert batch.sampling[0].uniform == draw_uniform(seed=7, num_tokens=1), "the one after it is its answer's second"
+    assert batch.told([90, 91, 92, 93, 94, 95]).token_ids == (94,)
+
+
+@pytest.mark.parametrize("make", [example, ahead])
+def test_a_batch_survives_the_wire(make: Callable[[], ForwardBatch]) -> None:
+    batch = make()
     assert ForwardBatch.from_bytes(batch.to_bytes()) == batch

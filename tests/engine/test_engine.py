@@ -5,12 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from answering import run
 from fakes import write_tiny_model
-from powerhouse.engine import Engine, EngineConfig, SamplingParams
+from powerhouse.engine import Constraint, Engine, EngineConfig, SamplingParams
 from powerhouse.errors import ConfigError, ModelFormatError, QueueFullError, RequestError
 from powerhouse.models.generate import GenerationConfig, generate
 from powerhouse.models.hub import load_decoder
@@ -335,3 +336,24 @@ def test_bfloat16_and_text_prompts_are_served(tmp_path: Path) -> None:
     engine = Engine.from_directory(write_tiny_model(tmp_path), EngineConfig(dtype="bfloat16"))
     completions = list(engine.generate(["It was the best", "Call me"], GREEDY))
     assert [len(completion.token_ids) for completion in completions] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "settings", "params", "expected"),
+    [
+        (2, {}, {}, 2),
+        (4, {}, {}, 2),
+        (1, {}, {}, 0),
+        (2, {}, {"presence_penalty": 0.5}, 0),
+        (2, {}, {"constraint": Constraint.by_choice(["aaaaaaaa"])}, 0),
+        (2, {"speculation": {}}, {}, 0),
+    ],
+)
+def test_a_batch_is_planned_before_its_token_is_known_where_nothing_else_of_it_depends_on_that(
+    make_engine: MakeEngine, num_slots: int, settings: dict[str, object], params: dict[str, Any], expected: int
+) -> None:
+    engine = make_engine(num_slots, **settings)
+    engine.add_request([1, 2, 3], SamplingParams(max_tokens=8, ignore_eos=True, **params))
+    for _ in range(2):
+        engine.step()
+    assert engine.stats()["num_in_flight"] == expected

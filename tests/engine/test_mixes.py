@@ -7,43 +7,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from answering import run
-from powerhouse.engine import Completion, Engine, SamplingParams
+from answering import Aborts, Requests, check_all, check_found, run
+from powerhouse.engine import Engine, SamplingParams
 from powerhouse.errors import QueueFullError
 
 MakeEngine = Callable[..., Engine]
 
-Params = st.builds(
-    SamplingParams,
-    max_tokens=st.integers(1, 9),
-    temperature=st.sampled_from([0.0, 0.8, 1.5]),
-    top_k=st.none() | st.integers(1, 300),
-    top_p=st.sampled_from([0.5, 0.9, 1.0]),
-    min_p=st.sampled_from([0.0, 0.1]),
-    seed=st.integers(0, 3),
-    n=st.sampled_from([1, 1, 3]),
-    repetition_penalty=st.sampled_from([1.0, 1.2]),
-    presence_penalty=st.sampled_from([0.0, 0.5]),
-    frequency_penalty=st.sampled_from([0.0, -0.3]),
-    logit_bias=st.sampled_from([{}, {3: 2.0, 8: -100.0}]),
-    stop_token_ids=st.sampled_from([(), (7, 40, 41, 42)]),
-    stop=st.sampled_from([(), ("a",), ("e", "th")]),
-    ignore_eos=st.booleans(),
-    prompt_logprobs=st.sampled_from([None, None, 0]),
-    prompt_logprobs_from=st.sampled_from([0, 1]),
-)
-Tails = st.lists(st.integers(0, 299), min_size=1, max_size=14)
-Prompts = st.builds(
-    lambda length, tail: [*range(50, 50 + length), *tail], st.sampled_from([0, 3, 9]), Tails
-)  # many begin alike
-Requests = st.lists(st.tuples(Prompts, Params), min_size=1, max_size=8)
 Settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "num_slots": st.integers(1, 4),
@@ -55,9 +30,6 @@ Settings: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "speculation": st.sampled_from([None, {"num_tokens": 3, "ngram": 1}]),
     }
 )
-
-
-Aborts = st.dictionaries(st.integers(0, 7), st.integers(0, 20), max_size=4)
 
 
 @settings(max_examples=4)
@@ -94,27 +66,10 @@ def check_mix(
     """
     engine = make_engine(**engine_settings)
     together = run(engine, requests, aborts)
-    plain = make_engine(caches_prefixes=False)
-    for i, (prompt, params) in enumerate(requests):
-        for alone in plain.generate([prompt], params):
-            check_found(together[f"{i}/{alone.index}" if alone.index else str(i)], alone, i in aborts)
+    check_all(together, make_engine(caches_prefixes=False), requests, aborts)
     for name, again in run(engine, requests).items():
         if int(name[0]) not in aborts:
             check_found(again, together[name])
-
-
-def check_found(found: Completion, alone: Completion, may_be_aborted: bool = False) -> None:
-    if found.finish_reason != "abort":
-        assert replace(found, prompt_logprobs=None) == replace(alone, prompt_logprobs=None)
-        assert logprobs_of(found) == pytest.approx(logprobs_of(alone), abs=1e-5)
-        return
-    assert may_be_aborted
-    assert alone.token_ids[: len(found.token_ids)] == found.token_ids
-    assert alone.text.startswith(found.text)
-
-
-def logprobs_of(found: Completion) -> list[float]:
-    return [told.logprob if told else 1 for told in found.prompt_logprobs or ()]
 
 
 @pytest.mark.slow

@@ -16,7 +16,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as trying
 
+from answering import Aborts, Requests, check_all, run
 from fakes import write_tiny_adapter, write_tiny_model
 from powerhouse.engine import Completion, Engine, EngineConfig, PipelineRunner, SamplingParams, run_stage
 from powerhouse.engine.runner import Bubbles
@@ -87,6 +90,21 @@ def test_stages_in_processes_are_one_stage_token_for_token(directory: Path, num_
         assert engine.stats()["kv_cache_usage"] == 0
         assert list(engine.generate(PROMPTS, GREEDY)) == expected(directory, GREEDY), "aborts leave the stages in step"
     assert [stage.exitcode for stage in stages] == [0] * num_stages
+
+
+@pytest.fixture(scope="module")
+def three_stages(directory: Path) -> Iterator[Engine]:
+    with pipeline(3, directory) as (engine, _):
+        yield engine
+
+
+@trying(max_examples=15)
+@given(Requests, Aborts)
+def test_any_mix_on_stages_in_processes_gives_what_each_request_gives_alone(
+    directory: Path, three_stages: Engine, requests: list[tuple[list[int], SamplingParams]], aborts: dict[int, int]
+) -> None:
+    """All through one pipeline: aborts, early ends and pre-emptions leave its stages in step."""
+    check_all(run(three_stages, requests, aborts), Engine.from_directory(directory, settings(1)), requests, aborts)
 
 
 @pytest.fixture(scope="module")

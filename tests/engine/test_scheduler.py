@@ -19,8 +19,9 @@ def make_scheduler(num_blocks: int = 100, seqs: int = 8, tokens: int = 16, num_s
     return Scheduler(BlockPool(num_blocks, block_size=4), seqs, tokens, num_slots)
 
 
-def add(scheduler: Scheduler, name: str, num_tokens: int, priority: int = 0) -> Request:
-    request = Request(name, [1] * num_tokens, SamplingParams(), 0, TextStream(TOKENIZER), rank=(priority, next(ARRIVALS)))
+def add(scheduler: Scheduler, name: str, num_tokens: int, priority: int = 0, params: SamplingParams | None = None) -> Request:
+    rank = (priority, next(ARRIVALS))
+    request = Request(name, [1] * num_tokens, params or SamplingParams(), 0, TextStream(TOKENIZER), rank=rank)
     scheduler.add(request)
     return request
 
@@ -29,7 +30,7 @@ def land(scheduler: Scheduler, scheduled: Schedule) -> None:
     """What the engine does with a batch that came back: a token for each request that has all its tokens computed."""
     scheduler.land(scheduled)
     for request in scheduled:
-        if request.num_missing == 0 and not request.finish_reason:
+        if request.num_missing == 0 and not request.is_in_flight and not request.finish_reason:
             request.token_ids.append(1)
 
 
@@ -116,12 +117,48 @@ def test_decodes_are_spread_over_the_batches_in_flight(num_slots: int, sizes: li
     assert [len(scheduler.schedule()) for _ in sizes] == sizes
 
 
-def test_the_batches_in_flight_share_the_token_budget() -> None:
-    scheduler = make_scheduler(tokens=15, num_slots=2)
-    add(scheduler, "a", 12)
-    add(scheduler, "b", 6)
-    add(scheduler, "c", 7)
-    assert [names(scheduler.schedule()) for _ in range(2)] == [{"a": 8}, {"b": 6, "c": 2}]
+def test_the_batches_in_flight_share_the_token_budget_and_chunks_of_a_prompt_follow_each_other() -> None:
+    scheduler = make_scheduler(tokens=23, num_slots=3)
+    long = add(scheduler, "long", 17)
+    add(scheduler, "short", 3)
+    in_flight = [scheduler.schedule() for _ in range(4)]
+    assert [names(batch) for batch in in_flight] == [{"long": 8}, {"long": 8}, {"long": 1, "short": 3}, {}]
+    land(scheduler, in_flight[0])
+    assert (long.num_computed, long.num_in_flight, long.num_missing) == (8, 9, 0)
+
+
+def test_what_decodes_is_planned_ahead_only_where_its_next_token_is_all_that_is_missing() -> None:
+    penal = {"repetition_penalty": 1.1}
+    made = {name: SamplingParams(**more) for name, more in {"free": {}, "penalised": penal, "last": {"max_tokens": 1}}.items()}
+    scheduler = make_scheduler(tokens=32, num_slots=2)
+    requests = [add(scheduler, name, 3, params=params) for name, params in made.items()]
+    scheduler.schedule()
+    assert names(scheduler.schedule(ahead=requests)) == {"free": 1}
+    assert names(scheduler.schedule(ahead=requests)) == {}, "one token at a time"
+
+
+def test_blocks_of_what_was_planned_ahead_stay_taken_until_its_last_batch_lands() -> None:
+    scheduler = make_scheduler(num_blocks=4, num_slots=2)
+    request = add(scheduler, "a", 8)
+    first = scheduler.schedule()
+    ahead = scheduler.schedule(ahead=[request])
+    scheduler.finish(request, "abort")
+    land(scheduler, first)
+    assert scheduler.pool.num_free == 1
+    land(scheduler, ahead)
+    assert scheduler.pool.num_free == 4
+
+
+def test_nothing_is_planned_ahead_behind_a_request_that_lacks_room() -> None:
+    """It would be in flight each time that its blocks are asked for."""
+    scheduler = make_scheduler(num_blocks=5, tokens=32, num_slots=2)
+    add(scheduler, "old", 8)
+    first = scheduler.schedule()
+    young = add(scheduler, "young", 9)
+    scheduler.schedule()
+    land(scheduler, first)
+    assert young.is_foreseeable
+    assert scheduler.schedule(ahead=[young]) == {}
 
 
 def test_a_request_ends_once() -> None:

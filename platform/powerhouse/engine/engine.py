@@ -64,6 +64,7 @@ class Engine:
         self._arrivals = count()
         self._adapters = AdapterTable(config.adapters, model_config.vocab_size)
         self._speculator = speculator or make_speculator(model_config, tokenizer, config)
+        self._plans_ahead = runner.tells_tokens and not self._speculator  # guesses are made of known text
         self._num_guessed = self._num_guessed_right = 0
         self._constrainer = Constrainer(tokenizer, model_config.vocab_size)
 
@@ -155,22 +156,36 @@ class Engine:
     def step(self) -> list[Output]:
         """Keep the runner's slots full, and commit the oldest batch once they are.
 
+        A pipeline has the batch after that one by then, and its stages tell each other the tokens which that one awaits: so
+        they do not wait for what is done here.
+
         Raises:
             EngineError: a stage is lost; the engine can only be closed.
         """
-        if self._speculator:
-            self._speculator.plan(self._scheduler.running)
-        scheduled = self._scheduler.schedule()
-        if scheduled:
-            if self._speculator:
-                self._speculator.fill(scheduled)
-            self._in_flight.append(scheduled)
-            self._runner.submit(make_batch(scheduled, self._config.block_size))
-        if self._in_flight and (not scheduled or len(self._in_flight) == self._runner.num_slots):
+        num_slots = self._runner.num_slots
+        is_submitted = len(self._in_flight) < num_slots and self._submit()
+        if not is_submitted and self._plans_ahead and self._in_flight:
+            is_submitted = self._submit(after=self._in_flight[0])
+        if self._in_flight and (not is_submitted or len(self._in_flight) == num_slots + self._plans_ahead):
             result = self._runner.collect()
             self._commit(self._in_flight.popleft(), result)
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _submit(self, after: Schedule | None = None) -> bool:
+        """Schedule and submit a batch, if there is one; `after` is the oldest in flight, whose tokens it may await."""
+        if self._speculator:
+            self._speculator.plan(self._scheduler.running)
+        choosing = [request for request, num in (after or {}).items() if will_sample(request, request.num_computed + num)]
+        rows = {request: row for row, request in enumerate(choosing)}
+        scheduled = self._scheduler.schedule(rows.keys())
+        if scheduled:
+            if self._speculator:
+                self._speculator.fill(scheduled)
+            batch = make_batch(scheduled, self._config.block_size, rows, len(self._in_flight))
+            self._in_flight.append(scheduled)
+            self._runner.submit(batch)
+        return bool(scheduled)
 
     def generate(
         self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -261,14 +276,15 @@ class Engine:
         tokens = iter(zip(result.token_ids, result.logprobs, strict=True))
         chosen = {}
         for request, num_tokens in scheduled.items():
-            request.prompt_logprobs += islice(scored, len(scored_places(request, num_tokens)))
-            if will_sample(request, num_tokens):
+            start, stop = request.num_computed, request.num_computed + num_tokens
+            request.prompt_logprobs += islice(scored, len(scored_places(request, start, stop)))
+            if will_sample(request, stop):
                 chosen[request] = list(islice(tokens, len(request.draft) + 1))
         self._scheduler.land(scheduled)
         for request in scheduled:
             if request.finish_reason is None and request in chosen:
                 self._extend(request, chosen[request])
-            elif request.finish_reason is None and not request.num_missing:
+            elif request.finish_reason is None and not request.num_missing and not request.is_in_flight:
                 self._finish(request, "length")
                 self._outputs.append(self._output(request))
 

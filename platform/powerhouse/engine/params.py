@@ -61,6 +61,10 @@ class SamplingParams:
     prompt_logprobs_from: int = 0
     """Place of the prompt's first token of which they are told; what comes before it may come from the prefix cache."""
 
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
     def __post_init__(self) -> None:
         least = 1 if self.prompt_logprobs is None else 0
         _check_int(self, "max_tokens", least, allowed="a whole number above 0" if least else "a whole number, 0 or above")

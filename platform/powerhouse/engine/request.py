@@ -45,9 +45,9 @@ class Request:
     """The engine's record of one answer to a prompt.
 
     Prompt and output are one list of tokens. The first `num_computed` have their keys and values in `blocks`, the next
-    `num_in_flight` are in a batch on its way, and what is missing is `num_missing`: the whole prompt at first, less what
+    `num_in_flight` are in batches on their way, and what is missing is `num_missing`: the whole prompt at first, less what
     the prefix cache has; one token when decoding; everything again after a pre-emption. The scheduler needs no other notion
-    of phases.
+    of phases. Where the next token is computed before it is known here, one more is in flight than there are tokens.
     """
 
     def __init__(
@@ -108,12 +108,24 @@ class Request:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def num_planned(self) -> int:
+        """Computed or in flight."""
+        return self.num_computed + self.num_in_flight
+
+    @property
     def num_missing(self) -> int:
-        return self.num_tokens - self.num_computed
+        return self.num_tokens - self.num_planned
 
     @property
     def is_in_flight(self) -> bool:
         return self.num_in_flight > 0
+
+    @property
+    def is_foreseeable(self) -> bool:
+        """Whether all that is to be known of the token after the next is the next, which is being chosen."""
+        if self.num_missing or not self.is_in_flight or self.matcher or self.params.has_penalties:
+            return False
+        return self.num_output_tokens + 1 < self.params.max_tokens
 
     @property
     def is_held_back(self) -> bool:
@@ -129,7 +141,8 @@ class Request:
 
     @property
     def computed_names(self) -> list[bytes]:
-        return self._names_within(self.num_computed)
+        """Of the full blocks whose tokens are known: that after which an abort came, computed ahead, never is."""
+        return self._names_within(min(self.num_computed, self.num_tokens))
 
     @property
     def num_to_compute(self) -> int:

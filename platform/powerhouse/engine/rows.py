@@ -13,10 +13,10 @@ from powerhouse.engine.sampler import Penalties, RowSampling, draw_uniform
 _NEVER = float("-inf")
 
 
-def row_sampling(request: Request, guesses: Sequence[int] = ()) -> RowSampling:
-    """Of the token after the request's text and these guesses."""
+def row_sampling(request: Request, guesses: Sequence[int] = (), num_unknown: int = 0) -> RowSampling:
+    """Of the token after the request's text, these guesses and so many tokens that are not known yet."""
     params = request.params
-    num_output_tokens = request.num_output_tokens + len(guesses)
+    num_output_tokens = request.num_output_tokens + len(guesses) + num_unknown
     return RowSampling(
         float(params.temperature),
         params.top_k,
@@ -41,7 +41,7 @@ def _bias(request: Request, num_output_tokens: int) -> tuple[tuple[int, float], 
 def _penalties(request: Request, guesses: Sequence[int]) -> Penalties | None:
     params = request.params
     repetition, presence, frequency = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-    if repetition == 1 and not presence and not frequency:
+    if not params.has_penalties:
         return None
     seen = tuple({*request.token_ids[request.num_soft :], *guesses}) if repetition != 1 else ()
     written = Counter([*request.token_ids[request.num_prompt_tokens :], *guesses]) if presence or frequency else Counter[int]()

@@ -2,8 +2,9 @@
 
 The pipeline has two planes. Control: one TCP connection from each stage to the driver, on which the driver sends every batch
 to every stage and the last stage answers with the new tokens; both sides prove that they know the secret. Data: hidden
-states go from stage to stage by torch.distributed, whose rendezvous store the driver hosts without being a rank. A
-connection that ends means a process that ended, for both sides: that is all the supervision there is.
+states go from stage to stage, and new tokens from the last to the first, by torch.distributed, whose rendezvous store the
+driver hosts without being a rank. A connection that ends means a process that ended, for both sides: that is all the
+supervision there is.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Runner(Protocol):
     """Computes batches in the order of their submission, up to `num_slots` of them at a time."""
 
     num_slots: int
+    tells_tokens: bool
+    """Whether a batch may await tokens that the oldest of those before it is still to choose."""
 
     def submit(self, batch: ForwardBatch) -> None: ...
 
@@ -50,6 +53,7 @@ class LocalRunner:
     """One stage, in this process."""
 
     num_slots = 1
+    tells_tokens = False
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -106,6 +110,7 @@ class PipelineRunner:
 
     def __init__(self, num_stages: int, server: socket.socket, store: TCPStore) -> None:
         self.num_slots = num_stages
+        self.tells_tokens = num_stages > 1
         self.address: tuple[str, int] = server.getsockname()[:2]
         self.store_port = store.port
         self.secret = secrets.token_bytes(32)

@@ -1,13 +1,15 @@
 """Which requests compute next, and how many tokens of each: continuous batching (Yu et al. 2022) with chunked prefill.
 
 There are no phases: a schedule is `{request: num_tokens}`, where a prompt, a part of one, what the prefix cache lacks of one, a
-decode and the recomputation after a pre-emption are the same arithmetic. A request whose tokens are in flight is not scheduled
-again until they land, so with several batches in flight (one per pipeline stage) the batches hold different requests.
+decode and the recomputation after a pre-emption are the same arithmetic. Batches are computed in order, so the next chunk of a
+prompt may follow while one is in flight. What decodes waits for its token, and with several batches in flight (one per pipeline
+stage) these hold different requests; or it is planned ahead, before its token is known here.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Collection
 
 from powerhouse.engine.kv_cache import BlockPool
 from powerhouse.engine.request import FinishReason, Request
@@ -39,23 +41,26 @@ class Scheduler:
     def add(self, request: Request) -> None:
         insort(self.waiting, request, key=_rank)
 
-    def schedule(self) -> Schedule:
-        """Choose the next batch; empty when all that could run is in flight. Its tokens count as in flight from now on."""
+    def schedule(self, ahead: Collection[Request] = ()) -> Schedule:
+        """Choose the next batch; empty when all that could run is in flight. Its tokens count as in flight from now on.
+
+        Requests in `ahead` may decode although their last tokens are still being chosen.
+        """
         num_preemptions = self.num_preemptions
-        scheduled = self._schedule_running()
+        scheduled = self._schedule_running(ahead)
         if self.num_preemptions == num_preemptions:
             self._admit_waiting(scheduled)
         for request, num_tokens in scheduled.items():
-            request.num_in_flight = num_tokens
+            request.num_in_flight += num_tokens
         return scheduled
 
     def land(self, scheduled: Schedule) -> None:
-        """Count the tokens of a batch that came back; blocks of what has ended meanwhile become free only now."""
+        """Count the tokens of the oldest batch, which came back. What has ended gives up its blocks with its last batch."""
         for request, num_tokens in scheduled.items():
-            request.num_in_flight = 0
+            request.num_in_flight -= num_tokens
             request.num_computed += num_tokens - len(request.draft)
             self._name_blocks(request)
-            if request.finish_reason:
+            if request.finish_reason and not request.is_in_flight:
                 self._release(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -69,25 +74,28 @@ class Scheduler:
         if not request.is_in_flight:
             self._release(request)
 
-    def _schedule_running(self) -> Schedule:
+    def _schedule_running(self, ahead: Collection[Request]) -> Schedule:
         scheduled: Schedule = {}
         budget = self._max_num_batched_tokens
         # Decodes are spread evenly over the batches in flight, as the token budget is: unequal batches wait for each other.
         num_decodes = -(-len(self.running) // self._num_slots)
         num_spare = budget - len(self.running)
-        for request in [request for request in self.running if not request.is_in_flight]:
-            if request not in self.running:  # pre-empted meanwhile
+        for request in list(self.running):
+            is_ahead = request in ahead and request.is_foreseeable
+            if request not in self.running or not (request.num_missing > 0 or is_ahead):  # pre-empted meanwhile, or in flight
                 continue
             self._cut_draft(request, min(num_spare, budget - 1))
-            num_tokens = min(request.num_to_compute, budget)
-            is_decode = request.num_missing == 1
+            num_tokens = min(1 if is_ahead else request.num_to_compute, budget)
+            is_decode = is_ahead or request.num_missing == 1
             if not num_tokens or (is_decode and not num_decodes):
                 continue
-            if self._make_room(request, request.num_computed + num_tokens, scheduled):
+            if self._make_room(request, request.num_planned + num_tokens, scheduled):
                 scheduled[request] = num_tokens
                 budget -= num_tokens
                 num_spare -= len(request.draft)
                 num_decodes -= is_decode
+            else:  # what is in flight is nobody's room: let it land
+                ahead = ()
         return scheduled
 
     def _cut_draft(self, request: Request, num_spare: int) -> None:
@@ -147,11 +155,12 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _name_blocks(self, request: Request) -> None:
-        first, stop = request.num_named, request.num_computed // self.pool.block_size
-        if first < stop and request.names:
-            for block, name in zip(request.blocks[first:stop], request.computed_names[first:], strict=True):
+        first = request.num_named
+        if request.names and first < request.num_computed // self.pool.block_size:
+            names = request.computed_names
+            for block, name in zip(request.blocks[first : len(names)], names[first:], strict=True):
                 self.pool.name(block, name)
-            request.num_named = stop
+            request.num_named = len(names)
 
     def _release(self, request: Request) -> None:
         self.pool.free(request.blocks)

@@ -1,6 +1,6 @@
 """A stage's process: connect, load, compute until the driver hangs up.
 
-Shapes: T tokens of a batch, C model width.
+Shapes: T tokens of a batch, B of its rows that get a new token, C model width.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Neighbours:
         self._sending: tuple[dist.Work, Tensor] | None = None
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_stages, timeout=_NEIGHBOUR_TIMEOUT)
+        self.tokens = NewTokens(num_stages)
 
     def receive(self, num_tokens: int) -> Tensor:
         """Wait for [T, C] from the stage before."""
@@ -95,6 +96,47 @@ class Neighbours:
         dist.destroy_process_group()
 
 
+class NewTokens:
+    """From the last stage to the first, in the order of the batches and beside the hidden states.
+
+    At most `num_stages` + 1 batches are in flight, so those before them are on the driver: the first stage takes them without
+    waiting, and nothing piles up.
+    """
+
+    def __init__(self, num_stages: int) -> None:
+        self._num_stages = num_stages
+        self._group = dist.new_group(backend="gloo", timeout=_NEIGHBOUR_TIMEOUT)
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._expected: deque[int] = deque()
+        """B of each batch whose tokens have not been received, oldest first."""
+        self._latest: list[int] = []
+
+    def send(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            return
+        ids_B = torch.tensor(token_ids)
+        work = dist.isend(ids_B, 0, self._group)
+        assert work is not None, "this process is a rank of the group"
+        self._sending.append((work, ids_B))
+        if len(self._sending) > self._num_stages + 1:
+            self._sending.popleft()[0].wait()
+
+    def fill(self, batch: ForwardBatch) -> ForwardBatch:
+        """Put in the tokens that the batch awaits."""
+        num_left = batch.num_back - 1 if batch.num_back else self._num_stages
+        while len(self._expected) > num_left:
+            self._latest = self._receive(self._expected.popleft())
+        self._expected.append(len(batch.sampled_rows))
+        return batch.told(self._latest)
+
+    def _receive(self, num_tokens: int) -> list[int]:
+        ids_B = torch.empty(num_tokens, dtype=torch.long)
+        if num_tokens:
+            dist.recv(ids_B, self._num_stages - 1, self._group)
+        token_ids: list[int] = ids_B.tolist()
+        return token_ids
+
+
 def _use_interface_of(driver: Connection) -> None:
     """Let the neighbours talk over the network that reaches the driver, unless the environment names another one.
 
@@ -112,14 +154,18 @@ def _compute(stage: Stage, neighbours: Neighbours, driver: Connection) -> None:
     busy, told_s = _Stopwatch(stage.device), 0.0
     while True:
         batch = ForwardBatch.from_bytes(driver.recv_bytes())
+        if stage.is_first and not stage.is_last:
+            batch = neighbours.tokens.fill(batch)
         received_TC = None if stage.is_first else neighbours.receive(batch.num_tokens)
         with busy:
             hidden_TC = stage.forward(batch, received_TC)
             result = stage.sample(batch, hidden_TC) if stage.is_last else None
-        if stage.is_last:
-            wire.send(driver, "tokens", result)
-        else:
+        if result is None:
             neighbours.send(hidden_TC)
+        else:
+            if not stage.is_first:
+                neighbours.tokens.send(result.token_ids)
+            wire.send(driver, "tokens", result)
         if time.monotonic() - told_s > _TELL_EVERY_S:
             wire.send(driver, "busy", busy.total_s())
             told_s = time.monotonic()
