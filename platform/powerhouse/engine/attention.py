@@ -93,7 +93,7 @@ class _Decodes:
     @classmethod
     def of(cls, batch: ForwardBatch, spans: Sequence[range], members: Sequence[int], cache: PagedCache) -> _Decodes:
         num_blocks = max(len(batch.block_tables[i]) for i in members)
-        tables = [_pad(batch.block_tables[i], num_blocks) for i in members]
+        tables = [pad(batch.block_tables[i], num_blocks) for i in members]
         rows_R = _indices([spans[i].start for i in members], cache)
         positions_R = _indices(batch.positions, cache)[rows_R]
         return cls(None if len(members) == len(spans) else rows_R, _indices(tables, cache), positions_R)
@@ -181,7 +181,7 @@ def _groups(batch: ForwardBatch, spans: Sequence[range], members: Sequence[int],
         for similar in _split([(len(batch.block_tables[i]), i) for i in sequences], cache.block_size, _SPLIT_TOKENS):
             rows_BQ = _indices([list(spans[i]) for i in similar], cache)
             num_blocks = max(len(batch.block_tables[i]) for i in similar)
-            blocks_M = _indices([block for i in similar for block in _pad(batch.block_tables[i], num_blocks)], cache)
+            blocks_M = _indices([block for i in similar for block in pad(batch.block_tables[i], num_blocks)], cache)
             is_all = similar == list(range(len(spans)))
             yield _Group(None if is_all else rows_BQ.flatten(), blocks_M, positions_T[rows_BQ])
 
@@ -199,7 +199,14 @@ def _split(lengths: Sequence[tuple[int, int]], block_size: int, most: int) -> li
     return [sorted(group) for group in groups]
 
 
-def _pad(blocks: tuple[int, ...], num_blocks: int) -> list[int]:
+def is_alike(batch: ForwardBatch, cache: PagedCache) -> bool:
+    """Whether decodes may attend as one group, each padded to the longest."""
+    lengths = [(len(table), i) for i, table in enumerate(batch.block_tables)]
+    return len(_split(lengths, cache.block_size, _SPLIT_DECODES)) == 1
+
+
+def pad(blocks: tuple[int, ...], num_blocks: int) -> list[int]:
+    """A block table as long as another: what is beyond a context is never looked at."""
     return [*blocks, *[0] * (num_blocks - len(blocks))]
 
 

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,10 @@ _FEW_ROWS = 8
 """Up to here the kernels of weight-only formats are faster than a product of converted weights (AVX2, 3072 x 576)."""
 _LEVELS, _WEIGHT_LEVELS = 127, 64
 """Largest activation and largest weight in int8_dynamic. Activations are stored as 1 to 255, and 2 x 255 x 64 is below 2^15."""
+
+_HALF_PRODUCT = torch.ops.quantized.linear_dynamic_fp16._op
+_INT8_PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32._op
+"""Without torch's look for fakes among the arguments, which takes as long as a small product."""
 
 Linears = Sequence[nn.Linear]
 Pack = Callable[[Linears], nn.Module]
@@ -96,41 +102,69 @@ class PlainLinear(nn.Module):
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
 
-class OneDnnLinear(nn.Module):
+class KernelLinear(nn.Module):
+    """A product whose packed weights `torch.compile` cannot look into: in what it compiles it is one operation."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.num_outputs = num_outputs
+        self._number = torch.tensor(next(_NUMBERS))
+        _KERNELS[int(self._number)] = self
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            out_TO: Tensor = torch.ops.powerhouse.kernel_linear(x_TI, self._number, self.num_outputs)
+            return out_TO
+        return self.product(x_TI)
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+_NUMBERS = count()
+_KERNELS: WeakValueDictionary[int, KernelLinear] = WeakValueDictionary()
+"""Layers by the numbers under which compiled code names them: numbers, and not layers, can be its arguments."""
+_NAME = "powerhouse::kernel_linear"
+torch.library.define(_NAME, "(Tensor x_TI, Tensor number, SymInt num_outputs) -> Tensor")
+torch.library.impl(_NAME, "cpu", lambda x_TI, number, _: _KERNELS[number.item()].product(x_TI))
+torch.library.register_fake(_NAME, lambda x_TI, _, num_outputs: x_TI.new_empty(x_TI.shape[0], num_outputs))
+
+
+class OneDnnLinear(KernelLinear):
     """float32 in oneDNN's layout."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(len(weight_OI))
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
         self.bias_O = bias_O
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def product(self, x_TI: Tensor) -> Tensor:
         out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self.packed, self.bias_O, "none", [], "")
         return out_TO
 
 
-class HalfLinear(nn.Module):
+class HalfLinear(KernelLinear):
     """16-bit weights, float32 activations."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(len(weight_OI))
         bias_O = None if bias_O is None else bias_O.float()
         self.packed = _fbgemm(lambda: torch.ops.quantized.linear_prepack_fp16(weight_OI.float(), bias_O))
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        out_TO: Tensor = torch.ops.quantized.linear_dynamic_fp16(x_TI, self.packed)
+    def product(self, x_TI: Tensor) -> Tensor:
+        out_TO: Tensor = _HALF_PRODUCT(x_TI, self.packed)
         return out_TO
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(KernelLinear):
     """int8 weights with a scale per output. On a GPU `torch.compile` fuses the conversion into the product."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(len(weight_OI))
         self.codes_OI, scales_O = quantize_int8(weight_OI)
         self.scales_O, self.bias_O = scales_O.to(torch.bfloat16), bias_O
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def product(self, x_TI: Tensor) -> Tensor:
         half_TI = x_TI.to(torch.bfloat16)
         if x_TI.device.type == "cpu" and len(x_TI) <= _FEW_ROWS:
             out_TO = torch._weight_int8pack_mm(half_TI, self.codes_OI, self.scales_O).to(x_TI.dtype)
@@ -139,11 +173,11 @@ class Int8Linear(nn.Module):
         return out_TO if self.bias_O is None else out_TO + self.bias_O
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(KernelLinear):
     """4-bit weights with a scale and an offset per group of inputs."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(len(weight_OI))
         codes_OI, grid_GO2 = quantize_int4(weight_OI)
         self.grid_GO2, self.bias_O = grid_GO2.to(torch.bfloat16), bias_O
         self.packed = self._packed(codes_OI)
@@ -154,17 +188,17 @@ class Int4Linear(nn.Module):
         pairs = (codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).to(torch.uint8)
         return torch._convert_weight_to_int4pack(pairs, 8)
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def product(self, x_TI: Tensor) -> Tensor:
         product = torch._weight_int4pack_mm_for_cpu if x_TI.device.type == "cpu" else torch._weight_int4pack_mm
         out_TO = product(x_TI.to(torch.bfloat16), self.packed, GROUP, self.grid_GO2).to(x_TI.dtype)
         return out_TO if self.bias_O is None else out_TO + self.bias_O
 
 
-class Int8DynamicLinear(nn.Module):
+class Int8DynamicLinear(KernelLinear):
     """7-bit weights with a scale per output, and activations rounded to 8 bits row by row."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__()
+        super().__init__(len(weight_OI))
         codes_OI, scales_O = quantize_int8(weight_OI, _WEIGHT_LEVELS)
         zeros_O = torch.zeros(len(scales_O), dtype=torch.long)
         self.bias_O = bias_O
@@ -176,11 +210,13 @@ class Int8DynamicLinear(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         x_TI = x_TI.float()
         largest_T1 = x_TI.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-        out_TO: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x_TI / largest_T1, 1 / _LEVELS, _LEVELS + 1, self.packed
-        )
-        out_TO.mul_(largest_T1)
+        out_TO = super().forward(x_TI / largest_T1).mul_(largest_T1)
         return out_TO if self.bias_O is None else out_TO + self.bias_O
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """Of activations between -1 and 1."""
+        out_TO: Tensor = _INT8_PRODUCT(x_TI, 1 / _LEVELS, _LEVELS + 1, self.packed)
+        return out_TO
 
 
 def quantize_int8(weight_OI: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class FusedDecoder(nn.Module):
         super().__init__()
         self.config, self.layers = decoder.config, decoder.layers
         self.is_first, self.is_last = decoder.is_first, decoder.is_last
-        self.dtype = dtype
+        self.dtype, self.num_positions = dtype, num_positions
         self.blocks = nn.ModuleDict()
         for name, block in list(decoder.model.layers.items()):
             assert isinstance(block, Block), "a decoder is made of blocks"
@@ -47,12 +47,16 @@ class FusedDecoder(nn.Module):
 
     def transform(self, x: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Ids [T] (first slice) or hidden states [T, C] to hidden states [T, C]."""
-        if self.is_first:
-            x = self.embed_tokens(x).to(self.dtype)
-        rope = self._cos_S1D[positions_T], self._sin_S1D[positions_T]
+        x, rope = self.enter(x, positions_T)
         for name, block in self.blocks.items():
             x = block(x, int(name), attend, rope, self.config.window(int(name)))
         return x
+
+    def enter(self, x: Tensor, positions_T: Tensor) -> tuple[Tensor, Rope]:
+        """What blocks are given of ids [T] (first slice) or hidden states [T, C]: hidden states and the angles."""
+        if self.is_first:
+            x = self.embed_tokens(x).to(self.dtype)
+        return x, (self._cos_S1D[positions_T], self._sin_S1D[positions_T])
 
     def project(self, x_TC: Tensor) -> Tensor:
         """The last hidden states to fp32 logits [T, V]."""

@@ -6,6 +6,7 @@ Shapes: T tokens, C model width, B rows that get a new token, S rows of a prompt
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from powerhouse.device import choose_device, reuse_freed_memory, to_dtype
 from powerhouse.engine.adapters import AdaptedStage, load_adapters
 from powerhouse.engine.attention import PagedAttention, PagedCache
 from powerhouse.engine.batch import BatchResult, ForwardBatch
+from powerhouse.engine.compiled import CompiledDecodes
 from powerhouse.engine.formats import compute_dtype, make_pack
 from powerhouse.engine.fused import FusedDecoder
 from powerhouse.engine.logprobs import TokenLogprobs, score
 from powerhouse.engine.sampler import sample
 from powerhouse.engine.settings import EngineConfig
+from powerhouse.models.adapters import Adapter
 from powerhouse.models.decoder import Decoder
 from powerhouse.models.hub import load_decoder
 
@@ -30,7 +33,9 @@ class Stage:
     """The layers of `decoder`, which may be a slice of a model, with their keys and values."""
 
     @torch.inference_mode()
-    def __init__(self, decoder: Decoder, config: EngineConfig, *, empties: bool = False) -> None:
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, adapters: Sequence[Adapter] = (), *, empties: bool = False
+    ) -> None:
         """With `empties` the decoder is of no use afterwards, and its memory is spared."""
         weight = next(decoder.parameters())
         self.is_first, self.is_last = decoder.is_first, decoder.is_last
@@ -39,8 +44,9 @@ class Stage:
         num_positions = min(config.max_model_len or math.inf, decoder.config.max_position_embeddings)
         pack = make_pack(config, weight.dtype, self.device)
         self.decoder = FusedDecoder(decoder, pack, self.dtype, int(num_positions), empties=empties)
-        self.adapted: AdaptedStage | None = None
+        self.adapted = AdaptedStage(self.decoder, adapters) if adapters else None
         self._cache = PagedCache(decoder.config, decoder.layers, config.num_blocks, config.block_size, self.dtype, self.device)
+        self.compiled = CompiledDecodes(self.decoder, self._cache) if config.compiles_decodes else None
 
     @classmethod
     def load(cls, directory: Path, config: EngineConfig, layers: range | None = None) -> Stage:
@@ -55,10 +61,8 @@ class Stage:
         reuse_freed_memory()
         device = choose_device(config.device)
         decoder = load_decoder(directory, layers=layers, dtype=to_dtype(config.dtype), device=device)
-        stage = cls(decoder, config, empties=True)
-        if config.adapters:
-            stage.adapted = AdaptedStage(stage.decoder, load_adapters(directory, list(config.adapters.values())))
-        return stage
+        adapters = load_adapters(directory, list(config.adapters.values())) if config.adapters else []
+        return cls(decoder, config, adapters, empties=True)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, hidden_TC: Tensor | None = None) -> Tensor:
@@ -68,7 +72,10 @@ class Stage:
             self.adapted.select(batch)
         x = torch.tensor(batch.token_ids, device=self.device) if hidden_TC is None else hidden_TC
         positions_T = torch.tensor(batch.positions, device=self.device)
-        return self.decoder.transform(x, positions_T, PagedAttention(self._cache, batch))
+        with torch._C.DisableTorchFunctionSubclass():  # nothing here has one, and to look for it in packed weights takes time
+            if self.compiled and self.compiled.takes(batch):
+                return self.compiled.transform(x, positions_T, batch)
+            return self.decoder.transform(x, positions_T, PagedAttention(self._cache, batch))
 
     @torch.inference_mode()
     def sample(self, batch: ForwardBatch, hidden_TC: Tensor) -> BatchResult:
