@@ -2,10 +2,10 @@
 
     python jobs/fetch_model.py smollm2-135m-instruct && python benchmarks/pipeline_efficiency.py [--model DIRECTORY]
 
-SmolLM2-135M; 32 prompts of 64 to 256 random tokens, 32 new tokens each, greedy, the end of text ignored. Each stage is a
+SmolLM2-135M; 32 prompts of 64 to 256 random tokens, 64 new tokens each, greedy, the end of text ignored. Each stage is a
 process; the driver is this one. All are loaded once and take turns, and the fastest turn of each counts. On fewer cores than
 stages the stages share them. `prompts` is the share of the time until every request had its first token, `waits` the share in
-which each stage waited for others, halfway through. About 4 minutes on two cores, 2 with `--stages 2 --threads 2`.
+which each stage waited for others, halfway through. About 5 minutes on two cores, 2.5 with `--stages 2 --threads 2`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from powerhouse.engine import Engine, EngineConfig, PipelineRunner, SamplingPara
 from powerhouse.models.hub import read_config
 from powerhouse.tokenizer import Tokenizer
 
-NUM_PROMPTS, MAX_TOKENS, NUM_TURNS = 32, 32, 3
+NUM_PROMPTS, MAX_TOKENS = 32, 64
 
 
 class Turn(NamedTuple):
@@ -88,7 +88,7 @@ def measure(engine: Engine, prompts: list[list[int]]) -> Turn:
     return Turn(num_tokens / seconds, unread_s / seconds, bubbles)
 
 
-def take_turns(cases: dict[str, tuple[int, int]], model: Path, dtype: str) -> dict[str, list[Turn]]:
+def take_turns(cases: dict[str, tuple[int, int]], model: Path, dtype: str, num_turns: int) -> dict[str, list[Turn]]:
     """The turns of each case, which is a number of stages and of threads of each."""
     generator = random.Random(0)
     prompts = [[generator.randrange(3, 49152) for _ in range(generator.randint(64, 256))] for _ in range(NUM_PROMPTS)]
@@ -100,7 +100,7 @@ def take_turns(cases: dict[str, tuple[int, int]], model: Path, dtype: str) -> di
         }
         for engine in engines.values():
             measure(engine, prompts[:2])  # warms up
-        for _ in range(NUM_TURNS):
+        for _ in range(num_turns):
             for name, (_, num_threads) in cases.items():
                 torch.set_num_threads(num_threads)  # of this process, where a single stage computes
                 turns[name].append(measure(engines[name], prompts))
@@ -115,11 +115,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, num_cores}), help="of the single stages")
+    parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     cases = {f"1 stage, {threads} threads": (1, threads) for threads in arguments.threads}
     peer = list(cases)[-1]
     cases |= {f"{stages} stages": (stages, 1) for stages in arguments.stages}
-    turns = take_turns(cases, arguments.model, arguments.dtype)
+    turns = take_turns(cases, arguments.model, arguments.dtype, arguments.turns)
     best = {name: max(turns[name]) for name in cases}
     rows = [
         [name, turn.tokens_per_s, turn.tokens_per_s / best[peer].tokens_per_s, turn.prompts,
