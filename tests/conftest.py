@@ -25,6 +25,9 @@ torch.set_num_threads(1)
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+# Hundreds of processes are started: without bytecode each of them would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # What is downloaded is kept between runs of the tests, as between runs of the demo.
 os.environ.setdefault("POWERHOUSE_CACHE", str(Path(__file__).parents[1] / "runs" / "cache"))
 

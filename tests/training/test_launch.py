@@ -159,9 +159,7 @@ def elastic(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Train
 def adapter_config_in(folder: Path, **run: Any) -> TrainingConfig:
     base = write_tiny_model(folder / "base", num_hidden_layers=2)
     adapter = {"kind": "lora", "rank": 2, "merges": True}
-    return config_in(
-        folder, run=run, model=None, start_from=base, adapter=adapter, optim={"lr": 0.003}, num_steps=2 * NUM_STEPS
-    )
+    return config_in(folder, run=run, model=None, start_from=base, adapter=adapter, optim={"lr": 0.003}, num_steps=120)
 
 
 def give_notice(cluster: Cluster, node: Any) -> None:

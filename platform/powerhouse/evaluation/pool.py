@@ -43,7 +43,7 @@ def in_pool(
     connect("data")
     table = pa.table(dict(columns))
     size = block_rows or min(_MAX_ROWS, math.ceil(len(table) / (4 * config.num_actors)))
-    done = ray.data.from_arrow([table.slice(start, size) for start in range(0, len(table), size)]).map_batches(
+    done = ray.data.from_blocks([table.slice(start, size) for start in range(0, len(table), size)]).map_batches(
         _Actor,
         fn_constructor_args=(actor_class, *arguments),
         batch_size=None,
