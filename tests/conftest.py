@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from browser import find_browser
-from s3 import _server, s3  # noqa: F401 - fixtures of any test
+from local_ray import local_ray  # noqa: F401 - a fixture of any test, as the next two
+from s3 import _server, s3  # noqa: F401
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(

@@ -8,15 +8,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from powerhouse.corpora.filters import QualityConfig
 from powerhouse.corpora.pipeline import CurateConfig
@@ -99,16 +95,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def read_split(corpus: Path, split: str) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in sorted((corpus / split).glob("*.parquet"))])
-
-
-@contextmanager
-def tiny_cluster() -> Iterator[str]:
-    """Start a Ray for a module's tests and give its address."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:
-        groups = {"data": 1000, "train": 1000, "serve": 1000}
-        ray.init(address="local", num_cpus=4, resources=groups, include_dashboard=False, _temp_dir=temporary)
-        yield ray.get_runtime_context().gcs_address
-        ray.shutdown()
 
 
 def start_job(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from fakes import TEXTS, tiny_tokenizer, write_tiny_model
 from powerhouse import artifacts
@@ -48,18 +44,8 @@ def write_heldout(folder: Path) -> Counts:
     return {"documents": len(HELDOUT)}
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    groups = {"data": 1000, "train": 1000, "serve": 1000}
-    ray.init(address="local", num_cpus=4, resources=groups, include_dashboard=False, _temp_dir=temporary)
-    yield
-    ray.shutdown()
-    shutil.rmtree(temporary, ignore_errors=True)
-
-
 @pytest.mark.slow
-def test_actors_give_the_bits_per_byte_of_one_process_beside_both_baselines(config: EvaluationConfig, cluster: None) -> None:
+def test_actors_give_the_bits_per_byte_of_one_process_beside_both_baselines(config: EvaluationConfig, local_ray: str) -> None:
     evaluation = evaluate_model(config)
 
     scores = json.loads((evaluation.path / "scores.json").read_text())
@@ -79,7 +65,7 @@ def test_actors_give_the_bits_per_byte_of_one_process_beside_both_baselines(conf
 
 @pytest.mark.slow
 def test_actors_with_the_engine_answer_tasks_as_the_plain_model_does(
-    config: EvaluationConfig, cluster: None, tmp_path: Path
+    config: EvaluationConfig, local_ray: str, tmp_path: Path
 ) -> None:
     rows = [{"text": text[:40], "label": label} for text, label in zip(TEXTS * 2, ["good", "bad"] * 3, strict=True)]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

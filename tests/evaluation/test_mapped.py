@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from ray import cloudpickle
 from ray.data.block import BlockAccessor
 
@@ -21,15 +17,6 @@ from powerhouse.evaluation.metric import Part, merge
 from powerhouse.evaluation.rouge import Rouge
 from powerhouse.evaluation.settings import PoolConfig
 from random_texts import random_pairs
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    ray.init(address="local", num_cpus=4, resources={"data": 1000}, include_dashboard=False, _temp_dir=temporary)
-    yield
-    ray.shutdown()
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.mark.parametrize("num_references", [None, 2])
@@ -47,7 +34,7 @@ def test_blocks_as_ray_data_makes_them_give_the_rows_to_the_bit(num_references: 
 
 
 @pytest.mark.slow
-def test_one_two_and_four_workers_give_the_rows_and_scores_of_one_process_to_the_bit(cluster: None) -> None:
+def test_one_two_and_four_workers_give_the_rows_and_scores_of_one_process_to_the_bit(local_ray: str) -> None:
     pairs = random_pairs(60, max_lines=2)
     here = Rouge().statistics(pairs)
 
@@ -59,6 +46,6 @@ def test_one_two_and_four_workers_give_the_rows_and_scores_of_one_process_to_the
 
 
 @pytest.mark.slow
-def test_what_a_worker_lacks_is_told_as_if_it_were_here(cluster: None, tmp_path: Path) -> None:
+def test_what_a_worker_lacks_is_told_as_if_it_were_here(local_ray: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="METEOR's synonyms need WordNet, which is not installed"):
         map_statistics(Meteor(wordnet=tmp_path), random_pairs(3), PoolConfig(cpus_per_actor=0.5))

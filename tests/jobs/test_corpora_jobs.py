@@ -8,7 +8,6 @@ import runpy
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -26,16 +25,10 @@ from powerhouse.corpora.tokens import TokensConfig, make_tokens
 from powerhouse.errors import ArtifactError, InputError
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.config import check, read_shape
-from tiny_corpus import LOOSE, ROOT, contents, curate_config, prose, read_split, start_job, tiny_cluster, write_inputs
+from tiny_corpus import LOOSE, ROOT, contents, curate_config, prose, read_split, start_job, write_inputs
 from tiny_run import make_config
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with tiny_cluster() as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corpus(cluster: str, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(local_ray: str, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return curate(curate_config(inputs, tmp_path_factory.mktemp("out") / "corpus", workers={"num": 1, "num_cpus": 1})).path
 
 
@@ -89,7 +82,7 @@ def test_other_limits_cut_the_stored_scores_and_read_no_text_again(corpus: Path,
     assert scored.stat().st_mtime_ns == written
 
 
-def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(cluster: str, inputs: Path, tmp_path: Path) -> None:
+def test_bad_files_fail_the_job_or_are_left_out_named_and_counted(local_ray: str, inputs: Path, tmp_path: Path) -> None:
     folder = write_inputs(tmp_path / "in", [])
     dump = folder / "wiki" / "w.xml.bz2"
     dump.write_bytes(dump.read_bytes()[:-200])
@@ -134,7 +127,7 @@ def write_pages(folder: Path) -> CurateConfig:
     )  # fmt: skip
 
 
-def test_test_items_second_pages_and_repeated_lines_go_and_people_get_pseudonyms(cluster: str, tmp_path: Path) -> None:
+def test_test_items_second_pages_and_repeated_lines_go_and_people_get_pseudonyms(local_ray: str, tmp_path: Path) -> None:
     config = write_pages(tmp_path / "in")
     artifact = curate(config)
     report = json.loads((artifact.path / "report.json").read_text())

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,7 @@ from powerhouse.corpora.pipeline import CurateConfig, curate
 from powerhouse.corpora.session import TABLES, WorkersConfig, connect, worker_failures
 from powerhouse.errors import ClusterError
 from powerhouse.telemetry import make_logger
-from tiny_corpus import contents, curate_config, job_overrides, prose, start_job, tiny_cluster
+from tiny_corpus import contents, curate_config, job_overrides, prose, start_job
 
 pytestmark = pytest.mark.slow
 
@@ -93,12 +93,6 @@ def kill_worker(config: CurateConfig) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with tiny_cluster() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
 def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("in")
     for number in range(NUM_FILES):
@@ -107,12 +101,12 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: str, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(local_ray: str, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus as a run makes it that nobody kills."""
     return curate(make_config(notes, tmp_path_factory.mktemp("whole") / "corpus")).path
 
 
-def test_what_workers_cannot_do_is_one_error(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_workers_cannot_do_is_one_error(local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: pa.Table) -> pa.Table:
         raise OSError(28, "No space left on device")
 
@@ -138,13 +132,13 @@ def test_what_workers_cannot_do_is_one_error(cluster: str, monkeypatch: pytest.M
 
 
 def test_a_job_killed_whole_then_its_driver_then_a_worker_ends_with_the_same_bytes(
-    cluster: str, notes: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    local_ray: str, notes: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_logger("corpora").addHandler(caplog.handler)
     config = make_config(notes, tmp_path / "corpus")
-    kill_driver(config, tmp_path, cluster, with_workers=True)
+    kill_driver(config, tmp_path, local_ray, with_workers=True)
     of_first_run = parts_of(config.output)
-    kill_driver(config, tmp_path, cluster, with_workers=False)
+    kill_driver(config, tmp_path, local_ray, with_workers=False)
     of_second_run = parts_of(config.output)
     kill_worker(config)
     assert 0 < len(of_first_run) < len(of_second_run)
@@ -157,14 +151,14 @@ def test_a_job_killed_whole_then_its_driver_then_a_worker_ends_with_the_same_byt
 
 
 def test_a_cut_out_of_stored_scores_that_is_killed_goes_on_from_the_files_that_are_written(
-    cluster: str, notes: Path, whole: Path, tmp_path: Path
+    local_ray: str, notes: Path, whole: Path, tmp_path: Path
 ) -> None:
     for name in ("expected", "killed"):
         shutil.copytree(whole.parent, tmp_path / name)  # scores, and another cut out of them
     config = make_config(notes, tmp_path / "killed" / "corpus")
     half = config.model_copy(update={"heldout_share": 0.5, "num_documents_per_file": 40})
     expected = contents(curate(half.model_copy(update={"output": tmp_path / "expected" / "corpus"})).path)
-    job = start_job("curate_corpus.py", *job_overrides(half), storage=tmp_path, address=cluster)
+    job = start_job("curate_corpus.py", *job_overrides(half), storage=tmp_path, address=local_ray)
     while not (config.output / "plan.txt").exists() or len(files_of(config.output)) < 12:
         assert job.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,13 +87,11 @@ def until(is_so: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
 
 
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def endpoint(local_ray: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     model = write_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=CONTEXT)
-    port, temp_dir = find_free_port(), tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    port = find_free_port()
     apps = [app_values("chat", model), app_values("single", model, num_stages=1)]
     values = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": apps}
-    resources = {"data": 1000, "train": 1000, "serve": 1000}
-    ray.init(address="local", num_cpus=4, resources=resources, include_dashboard=False, _temp_dir=temp_dir, log_to_driver=False)
     try:
         serve.start(http_options=values["http_options"])
         deploy(values)
@@ -102,8 +99,6 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         yield Endpoint(f"http://127.0.0.1:{port}", model, values)
     finally:
         serve.shutdown()
-        ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
