@@ -138,6 +138,8 @@ def _run_group(config: TrainingConfig) -> PowerhouseError | StopRequest | None:
                 storage_path=own_records,
                 failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
                 callbacks=[StopSignal()],
+                # Ray trains in a thread: without this, one with heaps of 64 MB, which are given back whenever they are empty.
+                worker_runtime_env={} if run.use_gpu else {"env_vars": {"MALLOC_ARENA_MAX": "1"}},
             ),
         )
         try:
