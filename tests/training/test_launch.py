@@ -68,7 +68,7 @@ def short_of_memory(cluster: Cluster) -> Iterator[Any]:
 
     That is some more than a run and what else the machine does take.
     """
-    most = (get_used_memory() + 6 * GIB) / get_system_memory()
+    most = min((get_used_memory() + 6 * GIB) / get_system_memory(), 0.9)
     variables = {"RAY_memory_usage_threshold": str(most), "RAY_memory_monitor_refresh_ms": "100"}
     node = cluster.add_node(num_cpus=2, resources={"train": 1000}, env_vars=variables)
     yield node
