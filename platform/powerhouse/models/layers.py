@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotate each head by its position's angles; leading axes pass through."""
     cos, sin = (angles_TD.unsqueeze(-2).to(x_THD.dtype) for angles_TD in (cos_TD, sin_TD))
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and x_THD.dtype == torch.float32:
         return rotate(x_THD, cos, sin)
     return x_THD * cos + x_THD.roll(x_THD.shape[-1] // 2, dims=-1) * sin
 
