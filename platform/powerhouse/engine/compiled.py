@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from powerhouse.engine.attention import PagedAttention, PagedCache, is_alike, pad
 from powerhouse.engine.batch import ForwardBatch
 from powerhouse.engine.fused import FusedDecoder
+from powerhouse.engine.kernels import first_slots
 from powerhouse.errors import ConfigError
 from powerhouse.models.attention import PositionBias
 from powerhouse.models.layers import Rope
@@ -79,10 +80,8 @@ def attends(cache: PagedCache, batch: ForwardBatch) -> Callable[[int], DecodeAtt
     num_blocks = max(map(len, batch.block_tables))
     tables_BM = torch.tensor([pad(table, num_blocks) for table in batch.block_tables])
     slots_BS = (tables_BM[:, :, None] * cache.block_size + torch.arange(cache.block_size)).flatten(1)
-    num_heads, num_kv_heads = cache.heads
     num_slots = cache.pages(cache.first_layer)[0].shape[1]
-    first_H1 = (torch.arange(num_heads) // (num_heads // num_kv_heads) * num_slots)[:, None]
-    places_RS = (slots_BS[:, None] + first_H1).flatten(0, 1)
+    places_RS = (slots_BS[:, None] + first_slots(cache.heads, num_slots)).flatten(0, 1)
     slots_B = torch.tensor(batch.slots)
     return lambda layer: DecodeAttention(*cache.pages(layer), slots_B, slots_BS, places_RS, positions_B)
 

@@ -57,7 +57,8 @@ def measure_head(directory: Path, config: EngineConfig) -> float:
     decodes, with the cache half full, and a prompt is computed beside them.
     """
     num_layers = read_config(directory).num_hidden_layers
-    stage = Stage.load(directory, config, range(num_layers - 1, num_layers))
+    plain = config.model_copy(update={"compiles_decodes": False})  # a batch with a prompt never runs what is compiled
+    stage = Stage.load(directory, plain, range(num_layers - 1, num_layers))
     longest = min(config.max_model_len or math.inf, stage.decoder.config.max_position_embeddings)
     num_decodes = -(-config.max_num_seqs // config.num_stages)
     batch = _batch(config, num_decodes, int(longest))

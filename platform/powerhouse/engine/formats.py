@@ -103,7 +103,7 @@ class PlainLinear(nn.Module):
 
 
 class KernelLinear(nn.Module):
-    """A product whose packed weights `torch.compile` cannot look into: in what it compiles it is one operation."""
+    """A product whose packed weights `torch.compile` cannot look into: in what it compiles for a CPU it is one operation."""
 
     def __init__(self, num_outputs: int) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class KernelLinear(nn.Module):
         _KERNELS[int(self._number)] = self
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and x_TI.device.type == "cpu":
             out_TO: Tensor = torch.ops.powerhouse.kernel_linear(x_TI, self._number, self.num_outputs)
             return out_TO
         return self.product(x_TI)

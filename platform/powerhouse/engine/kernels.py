@@ -112,10 +112,9 @@ class Places:
         is_seen_TS = keys_S <= positions_T[:, None]
         if window is not None:
             is_seen_TS &= keys_S > positions_T[:, None] - window
-        first_H1 = (torch.arange(num_heads) // (num_heads // num_kv_heads) * num_slots)[:, None]
         shape = (len(tables_TM), num_heads, longest)
         filled_J = is_seen_TS[:, None].expand(shape).reshape(-1).nonzero().squeeze(1)
-        slots_J = (slots_TS[:, None] + first_H1).view(-1)[filled_J].int()
+        slots_J = (slots_TS[:, None] + first_slots(heads, num_slots)).view(-1)[filled_J].int()
         starts = is_seen_TS.sum(1).repeat_interleave(num_heads).cumsum(0)
         size = (shape[0] * num_heads, num_kv_heads * num_slots)
         scores = torch.sparse_csr_tensor(
@@ -123,6 +122,12 @@ class Places:
         )
         padded = torch.full((size[0], longest), float("-inf"))
         return cls(scores, padded, None if len(filled_J) == padded.numel() else filled_J)
+
+
+def first_slots(heads: tuple[int, int], num_slots: int) -> Tensor:
+    """Where the pages of each query head's key/value head begin, all of them end to end: [H, 1]."""
+    num_heads, num_kv_heads = heads
+    return (torch.arange(num_heads) // (num_heads // num_kv_heads) * num_slots)[:, None]
 
 
 def attend_in_place(q_THD: Tensor, k_KND: Tensor, v_KND: Tensor, places: Places) -> Tensor:
