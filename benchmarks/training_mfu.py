@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 
 from measuring import in_own_process, peak_rss_mib, report
-from powerhouse.training.build import build_model, compute_dtype, empty_model
+from powerhouse.training.build import build_model
 from powerhouse.training.config import TrainingConfig
+from powerhouse.training.empty import compute_dtype, empty_model
 from powerhouse.training.flops import peak_of, row_flops
 from powerhouse.training.guard import Guard
 from powerhouse.training.loop import train_step

@@ -21,8 +21,8 @@ from powerhouse.errors import ConfigError
 from powerhouse.models.adapters import AdapterConfig, LoRAConfig, PromptConfig, adapter_parameters, add_adapter, soft_prompt_of
 from powerhouse.models.hub import load_decoder, load_model
 from powerhouse.training.adapting import first_prompt, first_tensors, insert_prompt
-from powerhouse.training.build import empty_model
 from powerhouse.training.config import TrainingConfig, check, read_shape
+from powerhouse.training.empty import empty_model
 from powerhouse.training.methods import method_of
 from powerhouse.training.plan import PlanConfig, make_plan
 from tiny_run import losses, make_config, run_loop, write_tokens

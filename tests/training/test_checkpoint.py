@@ -18,10 +18,10 @@ import torch.distributed as dist
 from distributed import run_on_ranks
 from powerhouse.models.hub import load_decoder
 from powerhouse.training.checkpoint import Checkpoints, whole_steps
+from powerhouse.training.checkpoint_files import CheckpointStore
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.guard import Guard
 from powerhouse.training.objectives import Batch
-from powerhouse.training.storage import Store
 from s3 import S3Server, refuse_all_keys, start_server, variables
 from tiny_run import losses, make_config, run_loop, sharded_model, write_tokens
 
@@ -95,7 +95,7 @@ def change_while_saving(config: TrainingConfig) -> None:
     assert all(torch.equal(parameter.to_local(), old) for parameter, old in zip(model.parameters(), before, strict=True))
 
 
-class SlowStore(Store):
+class SlowStore(CheckpointStore):
     def writer(self, folder: str) -> Any:
         writer = super().writer(folder)
         write_data = writer.write_data

@@ -7,7 +7,7 @@ import ray.train
 import torch
 
 from powerhouse.errors import ClusterError, InputError, PowerhouseError, TrainingError
-from powerhouse.training.launch import _explain
+from powerhouse.training.group import _explain
 
 
 def error_of_an_allocation() -> Exception:

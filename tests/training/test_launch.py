@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,14 @@ from powerhouse.models.hub import load_model
 from powerhouse.telemetry import read_metrics
 from powerhouse.training.checkpoint import whole_steps
 from powerhouse.training.config import TrainingConfig, read_shape
+from powerhouse.training.objectives import Batch
 from powerhouse.training.watch import METRICS, STARTS
 from tiny_run import losses, make_config, run_loop, write_tokens
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_model.py"
-NUM_STEPS, EVERY = 80, 10
+NUM_STEPS, EVERY = 100, 10
 GIB = 2**30
 
 
@@ -58,12 +60,8 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def add_training_node(cluster: Cluster, num_workers: int = 1) -> Any:
-    return cluster.add_node(num_cpus=num_workers, resources={"train": 1000})
-
-
-@contextlib.contextmanager
-def short_of_memory(cluster: Cluster) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def node(cluster: Cluster) -> Iterator[Any]:
     """Give a node with room for two workers that kills them once the machine has 6 GiB less to give than now.
 
     That is some more than a run and what else the machine does take.
@@ -74,14 +72,6 @@ def short_of_memory(cluster: Cluster) -> Iterator[Any]:
     yield node
     if node in cluster.worker_nodes:
         cluster.remove_node(node, allow_graceful=False)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
-    """Give a run of two ranks without Ray that nothing interrupted."""
-    config = config_in(tmp_path_factory.mktemp("whole"))
-    assert run_on_ranks(2, run_loop, config) == [None, None]
-    return config
 
 
 def config_in(folder: Path, **changes: Any) -> TrainingConfig:
@@ -121,7 +111,7 @@ def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str], config
     while not is_so():
         assert process.poll() is None, said(config)
         assert time.monotonic() < deadline, said(config)
-        time.sleep(0.02)
+        time.sleep(0.1)  # some steps of a run
 
 
 def training_workers(node: Any) -> list[psutil.Process]:
@@ -139,78 +129,26 @@ def is_training_worker(process: psutil.Process) -> bool:
     return False
 
 
-@pytest.fixture(scope="module")
-def elastic(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
-    """Give a run of an adapter by one or two workers that was told of a node to be taken away."""
-    folder = tmp_path_factory.mktemp("elastic")
-    nodes = [add_training_node(cluster), add_training_node(cluster)]
-    config = adapter_config_in(folder, checkpoint_every=1000, min_workers=1)  # saved at the notice and at the end
-
-    # Ray waits this long for the workers that there is no room for any more.
-    with job(config, cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5") as process:
-        wait_until(lambda: num_done(config) > 5, process, config)
-        give_notice(cluster, nodes[1])
-        assert process.wait() == 0, said(config)
-    for one in nodes:  # the runs after this one have a node of their own
-        cluster.remove_node(one, allow_graceful=False)
-    return config
-
-
-def adapter_config_in(folder: Path, **run: Any) -> TrainingConfig:
-    base = write_tiny_model(folder / "base", num_hidden_layers=2)
-    adapter = {"kind": "lora", "rank": 2, "merges": True}
-    return config_in(folder, run=run, model=None, start_from=base, adapter=adapter, optim={"lr": 0.003}, num_steps=120)
-
-
-def give_notice(cluster: Cluster, node: Any) -> None:
-    """Tell Ray that the node is to be taken away in a minute, as `ray drain-node` does."""
-    deadline_ms = int((time.time() + 60) * 1000)
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    is_accepted, why_not = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", deadline_ms)
-    assert is_accepted, why_not
-
-
 def starts(config: TrainingConfig) -> list[tuple[int, int]]:
     """Of each start of the run its step and the number of its workers."""
     return [(line["step"], line["workers"]) for line in read_metrics(config.output / STARTS) if "step" in line]
 
 
-def test_an_elastic_run_that_loses_a_node_to_a_notice_saves_and_goes_on_with_fewer_workers(
-    elastic: TrainingConfig, tmp_path: Path
-) -> None:
-    whole = read_shape(adapter_config_in(tmp_path))
-
-    assert run_on_ranks(2, run_loop, whole) == [None, None]
-
-    [(first, of_two), (saved, of_one)] = starts(elastic)
-    assert (first, of_two, of_one) == (0, 2, 1)
-    assert 5 < saved < elastic.num_steps
-    assert losses(elastic) == pytest.approx(losses(whole), abs=1e-5)
-
-
-def test_an_adapter_is_an_artifact_of_its_own_with_the_merged_model_beside_it(elastic: TrainingConfig) -> None:
-    base, done = elastic.output.parent / "base", Artifact.open(elastic.output, "adapter")
-
-    assert done.manifest.counts["trained_parameters"] < done.manifest.counts["parameters"] / 5
-    ids_BT, positions_T = torch.arange(16).unsqueeze(0), torch.arange(16)
-    adapted, merged = load_model(base, adapter=done.path), load_model(done.path / "merged")
-    torch.testing.assert_close(merged(ids_BT, positions_T), adapted(ids_BT, positions_T), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(merged(ids_BT, positions_T), load_model(base)(ids_BT, positions_T), atol=1e-2)
-
-
 @pytest.fixture(scope="module")
-def failed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainingConfig]:
+def failed(cluster: Cluster, node: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainingConfig]:
     """Give two runs, side by side, that cannot end well: one of two workers, one of a model that none can hold."""
-    node = add_training_node(cluster, 3)
     huge = tiny_config(num_hidden_layers=2, vocab_size=2**36).model_dump()
     configs = {
-        "lr": config_in(tmp_path_factory.mktemp("lr"), optim={"lr": 1e30}),
-        "model": config_in(tmp_path_factory.mktemp("model"), model=huge, run={"num_workers": 1, "max_failures": 0}),
+        "lr": config_in(tmp_path_factory.mktemp("lr"), optim={"lr": 1e30}, run={"cpus_per_worker": 0.5}),
+        "model": config_in(
+            tmp_path_factory.mktemp("model"),
+            model=huge,
+            run={"num_workers": 1, "max_failures": 0, "cpus_per_worker": 0.5},
+        ),
     }
     with contextlib.ExitStack() as jobs:
         started = {name: jobs.enter_context(job(config, cluster.address)) for name, config in configs.items()}
         assert {name: process.wait() for name, process in started.items()} == {"lr": 2, "model": 2}
-    cluster.remove_node(node, allow_graceful=False)
     return configs
 
 
@@ -231,37 +169,97 @@ def test_a_model_that_no_worker_can_hold_is_one_error_that_says_so(failed: dict[
     assert "do: lower run.micro_batch_rows" in said(config)
 
 
+@dataclass(frozen=True)
+class Struck:
+    """A run of an adapter that was struck in every way, and what was seen of it meanwhile."""
+
+    config: TrainingConfig
+    num_done_at_kill: int
+    said_at_sigterm: str
+
+
+@pytest.fixture(scope="module")
+def struck(cluster: Cluster, node: Any, tmp_path_factory: pytest.TempPathFactory) -> Struck:
+    config = adapter_config_in(tmp_path_factory.mktemp("struck"))
+    with job(config, cluster.address) as process:
+        strike_in_turn(config, process, node, tell_one_to_end)
+        wait_until(lambda: is_going(config, 2) and newest_checkpoint(config) > starts(config)[1][0], process, config)
+        process.send_signal(signal.SIGKILL)
+    num_done_at_kill = num_done(config)
+    assert not (config.output / "manifest.json").exists()
+
+    # Saved at the signal, at the notice and at the end: every start after one is from there.
+    config = with_run(config, checkpoint_every=1000)
+    nodes: list[Any] = []
+    with job(config, cluster.address) as process:
+        strike_in_turn(config, process, node, fill_memory, kill_one, partial(replace_node, cluster, nodes))
+        wait_until(lambda: is_going(config, 6), process, config)
+        process.terminate()
+        assert process.wait() == 2, said(config)
+    said_at_sigterm = said(config)
+
+    # Ray waits this long for the workers that there is no room for any more.
+    with job(with_run(config, min_workers=1), cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5") as process:
+        strike_in_turn(config, process, nodes[1], partial(give_notice, cluster))
+        assert process.wait() == 0, said(config)
+    return Struck(config, num_done_at_kill, said_at_sigterm)
+
+
+def adapter_config_in(folder: Path) -> TrainingConfig:
+    base = write_tiny_model(folder / "base", num_hidden_layers=2)
+    adapter = {"kind": "lora", "rank": 2, "merges": True}
+    return config_in(folder, model=None, start_from=base, adapter=adapter, optim={"lr": 0.003})
+
+
+def with_run(config: TrainingConfig, **changes: Any) -> TrainingConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update=changes)})
+
+
+def newest_checkpoint(config: TrainingConfig) -> int:
+    return max(whole_steps(config.checkpoints), default=0)
+
+
+def give_notice(cluster: Cluster, node: Any) -> None:
+    """Tell Ray that the node is to be taken away in a minute, as `ray drain-node` does."""
+    deadline_ms = int((time.time() + 60) * 1000)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    is_accepted, why_not = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", deadline_ms)
+    assert is_accepted, why_not
+
+
 def test_a_job_a_worker_and_a_node_killed_or_told_to_end_and_short_memory_leave_the_losses_of_a_run_without_ray_to_the_bit(
-    whole: TrainingConfig, cluster: Cluster, tmp_path: Path
+    struck: Struck, tmp_path: Path
 ) -> None:
-    config = config_in(tmp_path)
-    with short_of_memory(cluster) as node:
-        with job(config, cluster.address) as process:
-            wait_until(lambda: num_done(config) > EVERY and whole_steps(config.checkpoints) != [], process, config)
-            process.send_signal(signal.SIGKILL)
-        at_job_kill = num_done(config)
-        assert not (config.output / "manifest.json").exists()
+    """And so does a node that is taken away after a notice: the run saves, and goes on with fewer workers."""
+    (_, of_worker, resumed, *_, of_job, of_notice), _ = zip(*starts(struck.config), strict=True)
+    assert starts(struck.config) == [(0, 2), (of_worker, 2), *[(resumed, 2)] * 4, (of_job, 2), (of_notice, 1)]
+    assert 5 < of_worker < resumed <= struck.num_done_at_kill
+    assert resumed % EVERY == 0
+    assert resumed + 5 < of_job < of_notice - 5 < NUM_STEPS - 10
+    told = f"error: the job was told to end (SIGTERM)\n  got: asked to stop; saved after {of_job} steps"
+    assert told in struck.said_at_sigterm
 
-        # Saved at the signals and at the end: every start after one is from there.
-        config = config.model_copy(update={"run": config.run.model_copy(update={"checkpoint_every": 1000})})
-        with job(config, cluster.address) as process:
-            strike_in_turn(config, process, node, tell_one_to_end, fill_memory)
-            wait_until(lambda: is_going(config, 4), process, config)
-            process.terminate()
-            assert process.wait() == 2, said(config)
-        assert "error: the job was told to end (SIGTERM)\n  got: asked to stop; saved after " in said(config)
-        with job(config, cluster.address) as process:
-            strike_in_turn(config, process, node, kill_one, partial(replace_node, cluster))
-            assert process.wait() == 0, said(config)
+    whole = read_shape(adapter_config_in(tmp_path))
+    stopped = f"StopRequest: asked to stop; saved after {of_notice} steps"
+    assert run_on_ranks(2, run_loop, whole, None, partial(is_last_before, of_notice)) == [stopped] * 2
+    assert run_on_ranks(1, run_loop, whole) == [None]
+    assert losses(struck.config) == losses(whole)
 
-    _, resumed, of_worker, _, of_job = (step for step, _ in starts(config)[:5])
-    assert starts(config) == [(step, 2) for step in (0, resumed, of_worker, of_worker, of_job, of_job, of_job)]
-    assert resumed % EVERY == 0 < resumed <= at_job_kill
-    assert resumed + 5 < of_worker < of_job - 5 < NUM_STEPS - 10
-    assert losses(config) == losses(whole)
-    artifact = Artifact.open(config.output, "model")
-    assert artifact.manifest.counts["steps"] == NUM_STEPS
-    assert artifact.manifest.counts["tokens_seen"] == NUM_STEPS * 8 * 16
+
+def is_last_before(num_done: int, step: int, batch: Batch) -> bool:
+    return step == num_done - 1
+
+
+def test_an_adapter_is_an_artifact_of_its_own_with_the_merged_model_beside_it(struck: Struck) -> None:
+    base, done = struck.config.start_from, Artifact.open(struck.config.output, "adapter")
+
+    assert done.manifest.counts["steps"] == NUM_STEPS
+    assert done.manifest.counts["tokens_seen"] == NUM_STEPS * 8 * 16
+    assert done.manifest.counts["trained_parameters"] < done.manifest.counts["parameters"] / 5
+    ids_BT, positions_T = torch.arange(16).unsqueeze(0), torch.arange(16)
+    adapted, merged = load_model(base, adapter=done.path), load_model(done.path / "merged")
+    torch.testing.assert_close(merged(ids_BT, positions_T), adapted(ids_BT, positions_T), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(merged(ids_BT, positions_T), load_model(base)(ids_BT, positions_T), atol=1e-2)
 
 
 def strike_in_turn(
@@ -300,9 +298,9 @@ def kill_one(node: Any) -> None:
     training_workers(node)[-1].kill()
 
 
-def replace_node(cluster: Cluster, node: Any) -> None:
+def replace_node(cluster: Cluster, added: list[Any], node: Any) -> None:
     for one in processes(node):
         with contextlib.suppress(psutil.NoSuchProcess):  # those of a raylet that is gone end by themselves
             one.kill()
     cluster.remove_node(node, allow_graceful=False)
-    add_training_node(cluster, 2)
+    added += [cluster.add_node(num_cpus=1, resources={"train": 1000}) for _ in range(2)]

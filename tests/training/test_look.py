@@ -17,9 +17,10 @@ from powerhouse.corpora.shards import TokenRows
 from powerhouse.errors import ConfigError
 from powerhouse.heldout import bits_per_byte
 from powerhouse.telemetry import read_metrics
+from powerhouse.training.checks import check_watch
 from powerhouse.training.config import TrainingConfig, read_shape
 from powerhouse.training.noise import mask_tokens
-from powerhouse.training.watch import METRICS, SAMPLES, check_watch
+from powerhouse.training.watch import METRICS, SAMPLES
 from tiny_run import HELDOUT_TEXTS, ROW_LENGTH, SHAPES, make_config, run_loop, write_heldout, write_pairs, write_tokens
 
 T5 = SHAPES["t5"] | {"vocab_size": 310, "start_token_id": 2}

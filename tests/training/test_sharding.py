@@ -18,8 +18,8 @@ from fakes import tiny_config
 from powerhouse.models.decoder import Decoder
 from powerhouse.models.hub import save_model
 from powerhouse.models.model import token_loss
-from powerhouse.training.build import empty_model
 from powerhouse.training.config import TrainingConfig, read_shape
+from powerhouse.training.empty import empty_model
 from powerhouse.training.guard import Guard
 from powerhouse.training.loop import accumulate, clip_gradients, train_step
 from powerhouse.training.objectives import causal_language_model

@@ -23,10 +23,11 @@ from powerhouse.heldout import bits_per_byte
 from powerhouse.models.generate import GenerationConfig, generate
 from powerhouse.models.hub import load_decoder
 from powerhouse.telemetry import read_metrics
+from powerhouse.training.checks import check_watch
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.energy import DeclaredMeter, RaplMeter, find_meter
 from powerhouse.training.trackers import Guarded
-from powerhouse.training.watch import METRICS, SAMPLES, STARTS, TENSORBOARD, check_watch
+from powerhouse.training.watch import METRICS, SAMPLES, STARTS, TENSORBOARD
 from tiny_run import HELDOUT_TEXTS, make_config, run_loop, without_times, write_heldout, write_tokens
 
 PROMPT = "It was the best"

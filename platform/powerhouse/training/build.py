@@ -1,28 +1,17 @@
-"""The model of a run, before its first step: an empty shape, its blocks prepared, then filled and sharded."""
+"""The model of a run, before its first step: the empty shape, its blocks prepared, then filled and sharded."""
 
 from __future__ import annotations
 
 import torch
 
-from powerhouse.device import to_dtype
-from powerhouse.models.adapters import add_adapter
 from powerhouse.models.hub import open_checkpoint
 from powerhouse.models.model import Model
 from powerhouse.training.adapting import first_tensors
 from powerhouse.training.blocks import compile_blocks, recompute_blocks
 from powerhouse.training.config import TrainingConfig
+from powerhouse.training.empty import compute_dtype, empty_model
 from powerhouse.training.float8 import use_float8
-from powerhouse.training.methods import method_of
 from powerhouse.training.sharding import Read, make_mesh, shard
-
-
-def empty_model(config: TrainingConfig) -> Model:
-    """The shape alone, on the meta device."""
-    with torch.device("meta"):
-        model = method_of(config.shape).model_class(config.shape)
-    if config.adapter:
-        add_adapter(model, config.adapter)
-    return model
 
 
 def weights_of(config: TrainingConfig, model: Model) -> Read:
@@ -47,8 +36,3 @@ def build_model(config: TrainingConfig, device: torch.device) -> Model:
         compile_blocks(model)
     shard(model, read, make_mesh(device, run.workers_per_copy), compute_dtype(config))
     return model
-
-
-def compute_dtype(config: TrainingConfig) -> torch.dtype:
-    assert config.precision != "auto", "train_model decides which it is"
-    return torch.bfloat16 if config.precision == "float8" else to_dtype(config.precision)

@@ -24,9 +24,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from powerhouse.errors import ArtifactError, TrainingError
 from powerhouse.telemetry import make_logger
+from powerhouse.training.checkpoint_files import CheckpointStore, checksums_of
 from powerhouse.training.guard import Guard
 from powerhouse.training.sharding import frozen_names
-from powerhouse.training.storage import Store, checksums_of
+from powerhouse.training.storage import Store
 
 _PREFIX = "step_"
 _COMPLETE = "complete.json"
@@ -46,7 +47,8 @@ class Checkpoints:
     def __init__(
         self, location: str | Path, run_id: str, keep: int, is_asked_to_stop: Callable[[], bool] | None = None
     ) -> None:
-        self._store, self._run_id, self._keep, self._is_asked_to_stop = Store(location), run_id, keep, is_asked_to_stop
+        self._store, self._run_id, self._keep = CheckpointStore(location), run_id, keep
+        self._is_asked_to_stop = is_asked_to_stop
         # Groups of their own: the loop's collectives go on while a thread saves, and need not be of CPU tensors.
         self._saving, self._asking = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

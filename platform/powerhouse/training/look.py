@@ -18,19 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from powerhouse.artifacts import Artifact
 from powerhouse.corpora.shards import TokenRows
-from powerhouse.errors import ConfigError
 from powerhouse.heldout import HELDOUT, bits_per_byte, cut_into_windows, read_heldout
 from powerhouse.models.adapters import soft_prompt_of
 from powerhouse.models.decoder import DecoderConfig
-from powerhouse.models.encoder import EncoderConfig
 from powerhouse.models.encoder_decoder import T5Config
 from powerhouse.models.generate import GenerationConfig, Generator, generate
 from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.adapting import insert_prompt
 from powerhouse.training.batches import PackedRows
-from powerhouse.training.config import TrainingConfig, check
+from powerhouse.training.checks import is_rows
+from powerhouse.training.config import TrainingConfig
 from powerhouse.training.methods import method_of
 from powerhouse.training.noise import IGNORED
 from powerhouse.training.objectives import Batch
@@ -105,7 +103,7 @@ def _read_batch(config: TrainingConfig, tokenizer: Tokenizer, row_length: int) -
     """What is held out, as the method's objective takes it, and its bytes where bits are to be told per byte, else 0."""
     heldout, num_heldout = config.watch.heldout, config.watch.num_heldout
     assert heldout is not None, "there is something to read"
-    if _is_rows(config):
+    if is_rows(config):
         rows = TokenRows(heldout / ROWS)
         numbers_N = np.arange(min(num_heldout, len(rows)))
         documents_NR = rows.take_documents(numbers_N) if config.masks_documents or rows.tells_learned else None
@@ -127,47 +125,5 @@ def _method_batch(config: TrainingConfig, tokenizer: Tokenizer, rows: PackedRows
     return method.batch(rows.tokens_BR, rows.places_B, noise, torch.device("cpu"), rows.documents_BR, rows.learned_BR)
 
 
-def _is_rows(config: TrainingConfig) -> bool:
-    return config.watch.heldout is not None and (config.watch.heldout / ROWS).is_dir()
-
-
 def _lengthen(rows: Tensor, num_rows: int, name: str) -> Tensor:
     return torch.cat([rows, rows.new_full((num_rows, rows.shape[1]), IGNORED if name == "labels" else 0)])
-
-
-def check_look(config: TrainingConfig, tokenizer: Tokenizer) -> None:
-    """Hold what is to be looked at against the model.
-
-    Raises:
-        ConfigError: the model does not write texts, a prompt leaves no room, or the held-out rows are of another kind.
-        InputError: there are no held-out documents.
-    """
-    watch, shape = config.watch, config.shape
-    if watch.prompts and isinstance(shape, EncoderConfig):
-        raise ConfigError("watch.prompts: an encoder writes no texts", got=type(shape).__name__, do="leave them out")
-    if _is_rows(config):
-        _check_rows(config, tokenizer)
-    elif watch.heldout:
-        read_heldout(watch.heldout / HELDOUT)
-        if isinstance(shape, T5Config) and "num_learned_tokens" in Artifact.open(config.tokens, "tokens").manifest.counts:
-            do = "set it to tokens that were made of pairs kept aside"
-            raise ConfigError("watch.heldout: a corpus has no pairs, which this run learns", got=watch.heldout, do=do)
-    room = getattr(shape, "max_position_embeddings", 2**31) - watch.sample_tokens
-    for prompt in watch.prompts:
-        if not 0 < (num_tokens := len(tokenizer.encode(prompt))) <= room:
-            raise ConfigError(
-                f"watch.prompts: {prompt!r} and watch.sample_tokens do not fit the model's context",
-                got=f"{num_tokens} tokens and {watch.sample_tokens} new",
-                allowed=f"1 to {room} tokens",
-            )
-
-
-def _check_rows(config: TrainingConfig, tokenizer: Tokenizer) -> None:
-    """Held-out rows are such as the run could be trained on."""
-    assert config.watch.heldout is not None, "there are rows"
-    tokens = Artifact.open(config.watch.heldout, "tokens")
-    if Tokenizer.load(tokens.path).core.to_str() != tokenizer.core.to_str():
-        raise ConfigError(
-            f"watch.heldout: {tokens.path} has another tokenizer than {config.tokens}", do="make it with that one"
-        )
-    check(config.model_copy(update={"tokens": tokens.path}), tokens)

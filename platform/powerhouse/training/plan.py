@@ -17,14 +17,13 @@ from powerhouse.config import Config
 from powerhouse.device import computes_bfloat16
 from powerhouse.errors import ConfigError
 from powerhouse.training.batches import Noise
-from powerhouse.training.build import compute_dtype, empty_model
 from powerhouse.training.config import TrainingConfig, check, read_shape
+from powerhouse.training.empty import compute_dtype, empty_model
 from powerhouse.training.flops import DEVICES, Peak, RowFlops, count_parameters, peak_of, row_flops
 from powerhouse.training.memory import Memory, plan_memory
 from powerhouse.training.methods import method_of
 from powerhouse.training.noise import SpanLengths
 from powerhouse.training.objectives import Batch
-from powerhouse.training.sharding import blocks_of
 
 _CHUNK_LOGIT_BYTES = 16
 """A logit of a chunk of the loss: itself, its logarithm of a probability and their two gradients, in float32."""
@@ -101,7 +100,7 @@ def make_plan(config: PlanConfig, row_length: int) -> Plan:
     parameters = count_parameters(model)
     memory = plan_memory(
         model,
-        blocks_of(model),
+        list(model.blocks().values()),
         partial(method.objective, chunk_tokens=config.run.loss_chunk_tokens),
         batch,
         num_workers=config.run.workers_per_copy or config.run.num_workers,

@@ -8,6 +8,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from powerhouse.config import Config, StoragePath, storage_root
 
+METRICS, SAMPLES, STARTS, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "starts.jsonl", "tensorboard"
+"""What a run leaves in its folder of what was seen of it."""
+
 
 class OptimConfig(Config):
     """The optimiser, under a schedule with warm-up."""

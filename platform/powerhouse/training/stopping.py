@@ -28,6 +28,11 @@ class StopSignal(WorkerCallback):  # type: ignore[misc]  # Ray Train is not type
         self.was_sent = True
 
 
+def mark_of_stop(output: Path) -> Path:
+    """In the folder that every node sees."""
+    return output / "stop"
+
+
 @contextlib.contextmanager
 def marking_sigterm(mark: Path) -> Iterator[None]:
     """Inside, the first SIGTERM to the job (`ray job stop`, a batch system) makes a file that its workers see, and no more.

@@ -15,7 +15,7 @@ import powerhouse
 from powerhouse.artifacts import Artifact, write_atomically
 from powerhouse.telemetry import read_metrics
 from powerhouse.training.config import TrainingConfig
-from powerhouse.training.watch import METRICS, SAMPLES, STARTS
+from powerhouse.training.settings import METRICS, SAMPLES, STARTS
 
 PAGE, NUMBERS = "training.html", "training.json"
 _TEMPLATE = Path(__file__).with_name("summary.html.j2")

@@ -5,12 +5,18 @@ Ray's controller loads this module, and with it nothing that only the workers ne
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from powerhouse.errors import PowerhouseError
+
+if TYPE_CHECKING:
+    from powerhouse.training.config import TrainingConfig
 
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray Train is not typed
@@ -21,12 +27,19 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray Train is not ty
     read their rows themselves; and one that removes placement groups of a dead controller, but Ray removes these with it.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, backend_config=_Workers(), **options)
+    def __init__(self, config: TrainingConfig, **options: Any) -> None:
+        # As Ray's `train_loop_config`, its controller would load all that the config needs.
+        super().__init__(partial(_work, config), backend_config=_Workers(), **options)
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+
+def _work(config: TrainingConfig) -> PowerhouseError | str | None:
+    from powerhouse.training.work import work_or_tell  # here: the driver has no use for all that it loads, 1.3 s of a CPU
+
+    return work_or_tell(config)
 
 
 class _Backend(Backend):  # type: ignore[misc]

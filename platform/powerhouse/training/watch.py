@@ -21,15 +21,14 @@ from torch import nn
 
 from powerhouse.artifacts import Artifact
 from powerhouse.telemetry import Gauge, MetricsLog, progress, read_metrics
-from powerhouse.tokenizer import Tokenizer
 from powerhouse.training.config import TrainingConfig
 from powerhouse.training.energy import Meter, find_meter
 from powerhouse.training.flops import Peak, peak_of, row_flops
-from powerhouse.training.look import Look, Seen, check_look
+from powerhouse.training.look import Look, Seen
 from powerhouse.training.plan import dtype_of, empty_batch
-from powerhouse.training.trackers import Guarded, Mlflow, TensorBoard, check_mlflow
+from powerhouse.training.settings import METRICS, SAMPLES, STARTS, TENSORBOARD
+from powerhouse.training.trackers import Guarded, Mlflow, TensorBoard
 
-METRICS, SAMPLES, STARTS, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "starts.jsonl", "tensorboard"
 _SECONDS_AN_HOUR = 3600
 
 
@@ -187,17 +186,6 @@ class _Board:
         self._log.close()
         self._samples.close()
         self._bar.close()
-
-
-def check_watch(config: TrainingConfig) -> None:
-    """Hold what is to be seen against the model and what is installed.
-
-    Raises:
-        ConfigError: MLflow is not installed, or the model does not continue texts, or a prompt leaves no room.
-        InputError: there are no held-out documents.
-    """
-    check_mlflow(config.watch.mlflow)
-    check_look(config, Tokenizer.load(config.tokens))
 
 
 def _memory_bytes(device: torch.device) -> int:
