@@ -189,7 +189,7 @@ def struck(cluster: Cluster, node: Any, tmp_path_factory: pytest.TempPathFactory
     assert not (config.output / "manifest.json").exists()
 
     # Saved at the signal, at the notice and at the end: every start after one is from there.
-    config = with_run(config, checkpoint_every=1000)
+    config = with_run(config, checkpoint_every=1000, max_failures=3)
     nodes: list[Any] = []
     with job(config, cluster.address) as process:
         strike_in_turn(config, process, node, fill_memory, kill_one, partial(replace_node, cluster, nodes))
