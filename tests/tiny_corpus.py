@@ -81,7 +81,7 @@ def curate_config(folder: Path, output: Path, **changes: object) -> CurateConfig
     ]
     values: dict[str, object] = {
         "inputs": inputs, "output": output, "chunk_chars": 1500, "heldout_share": 0.2, "num_documents_per_file": 40,
-        "quality": LOOSE,
+        "quality": LOOSE, "workers": {"num": 1, "num_cpus": 1},
     }  # fmt: skip
     return CurateConfig.model_validate(values | changes)
 

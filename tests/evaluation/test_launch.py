@@ -17,8 +17,11 @@ from powerhouse.artifacts import Counts
 from powerhouse.engine import EngineConfig
 from powerhouse.engine.offline import OfflineModel
 from powerhouse.errors import InputError, ModelFormatError
+from powerhouse.evaluation.families import open_plain_decoder
 from powerhouse.evaluation.launch import EvaluationConfig, evaluate_model
 from powerhouse.evaluation.perplexity import nats_of_documents
+from powerhouse.evaluation.plans import make_plan
+from powerhouse.evaluation.task_scores import make_plans, open_model
 from powerhouse.heldout import read_heldout
 from powerhouse.models.hub import load_decoder
 from tiny_run import write_tokens
@@ -77,17 +80,18 @@ def test_actors_with_the_engine_answer_tasks_as_the_plain_model_does(
     open_decoder = partial(OfflineModel, config=EngineConfig(device="cpu", num_threads=1))
 
     fast = evaluate_model(tasks, open_decoder)
-    slow = evaluate_model(tasks.model_copy(update={"output": tmp_path / "slow"}))
-    too_long = tasks.model_copy(update={"output": tmp_path / "long", "tasks": {"mood": tasks.tasks["mood"].model_copy(
-        update={"template": "{text} " * 20 + "[MASK]"})}})  # fmt: skip
+    replies = dict(json.loads(line) for line in (fast.path / "replies.jsonl").read_text().splitlines())
+    questions = [question for plan in make_plans(tasks).values() for question in plan.questions()]
+    assert replies.keys() == {question.key for question in questions}
+    for question, slow in zip(questions, open_model(tasks, open_plain_decoder)(questions), strict=True):
+        assert replies[question.key].keys() == slow.keys()
+        for name, values in slow.items():
+            assert replies[question.key][name] == pytest.approx(values, rel=1e-5), (question, name)
+    too_long = tasks.tasks["mood"].model_copy(update={"template": "{text} " * 20 + "[MASK]"})
     with pytest.raises(InputError, match=r"^a prompt is too long for the model\n  got: \d+ tokens"):
-        evaluate_model(too_long, open_decoder)
+        open_model(tasks, open_decoder)(list(make_plan(too_long).questions()))
 
-    scores = [json.loads((evaluation.path / "scores.json").read_text()) for evaluation in (fast, slow)]
-    assert scores[0].keys() == scores[1].keys() > {"mood.accuracy", "text.bits_per_byte"}
-    for name, score in scores[0].items():
-        assert score["value"] == pytest.approx(scores[1][name]["value"], rel=1e-5)
-        assert score["signature"] == scores[1][name]["signature"]
+    assert json.loads((fast.path / "scores.json").read_text()).keys() > {"mood.accuracy", "text.bits_per_byte"}
     assert evaluate_model(tasks, open_decoder).manifest == fast.manifest
     samples = (fast.path / "samples" / "mood.jsonl").read_text().splitlines()
     assert [json.loads(line)["item"] for line in samples] == list(range(6))

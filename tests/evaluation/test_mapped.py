@@ -34,15 +34,15 @@ def test_blocks_as_ray_data_makes_them_give_the_rows_to_the_bit(num_references: 
 
 
 @pytest.mark.slow
-def test_one_two_and_four_workers_give_the_rows_and_scores_of_one_process_to_the_bit(local_ray: str) -> None:
-    pairs = random_pairs(60, max_lines=2)
-    here = Rouge().statistics(pairs)
+def test_one_worker_and_three_give_the_rows_and_scores_of_one_process_to_the_bit(local_ray: str) -> None:
+    pairs, metric = random_pairs(60, max_lines=2), Rouge(is_stemmed=False)
+    here = metric.statistics(pairs)
 
-    for num_actors in (1, 2, 4):
-        rows = map_statistics(Rouge(), pairs, PoolConfig(num_actors=num_actors, cpus_per_actor=0.5), block_items=7)
+    for num_actors in (1, 3):
+        rows = map_statistics(metric, pairs, PoolConfig(num_actors=num_actors, cpus_per_actor=0.5), block_items=7)
 
         assert rows.tobytes() == here.tobytes()
-        assert Rouge().score(rows) == Rouge().score(here)
+        assert metric.score(rows) == metric.score(here)
 
 
 @pytest.mark.slow

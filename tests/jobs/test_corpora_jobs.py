@@ -30,6 +30,8 @@ from tiny_run import make_config
 
 pytestmark = pytest.mark.slow
 
+ONE = WorkersConfig(num=1, num_cpus=1)
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,7 +40,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(local_ray: str, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return curate(curate_config(inputs, tmp_path_factory.mktemp("out") / "corpus", workers={"num": 1, "num_cpus": 1})).path
+    return curate(curate_config(inputs, tmp_path_factory.mktemp("out") / "corpus")).path
 
 
 def test_the_corpus_holds_every_document_once_and_the_rejects_their_reason(corpus: Path) -> None:
@@ -61,14 +63,13 @@ def test_the_second_edition_of_a_book_is_mostly_duplicates(corpus: Path) -> None
     assert editions.count("a.txt") + editions.count("b.txt.gz") < 1.3 * max(editions.count("a.txt"), editions.count("b.txt.gz"))
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
 def test_neither_several_workers_in_place_of_one_nor_the_order_on_disk_change_a_byte(
-    corpus: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+    corpus: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scored, "_BYTES_PER_TASK", 1)  # a task for each file, for all to share
     names = sorted((str(path.relative_to(inputs)) for path in inputs.rglob("*.*")), reverse=True)
     other = write_inputs(tmp_path / "in", names)
-    again = curate(curate_config(other, tmp_path / "corpus", workers={"num": num_workers, "num_cpus": 0.25}))
+    again = curate(curate_config(other, tmp_path / "corpus", workers={"num": 4, "num_cpus": 0.25}))
     assert contents(again.path) == contents(corpus)
 
 
@@ -147,7 +148,8 @@ def test_test_items_second_pages_and_repeated_lines_go_and_people_get_pseudonyms
 
 
 def test_token_rows_decode_to_the_corpus_and_know_their_documents(corpus: Path, tmp_path: Path) -> None:
-    config = TokensConfig(corpus=corpus, output=tmp_path / "tokens", vocab_size=400, row_length=33, rows_per_shard=100)
+    values = {"corpus": corpus, "output": tmp_path / "tokens", "workers": {"num": 2}}
+    config = TokensConfig.model_validate(values | {"vocab_size": 400, "row_length": 33, "rows_per_shard": 100})
     artifact = make_tokens(config)
     counts = artifact.manifest.counts
     rows = TokenRows(artifact.path / "rows")
@@ -165,13 +167,13 @@ def test_token_rows_decode_to_the_corpus_and_know_their_documents(corpus: Path, 
     report = json.loads((artifact.path / "report.json").read_text())
     assert sum(source["num_tokens"] for source in report["sources"].values()) == counts["num_tokens"]
     assert counts["num_tokens"] - rows.row_length < len(rows) * rows.row_length <= counts["num_tokens"]
-    again = make_tokens(config.model_copy(update={"output": tmp_path / "again", "workers": WorkersConfig(num=1, num_cpus=1)}))
+    again = make_tokens(config.model_copy(update={"output": tmp_path / "again", "workers": ONE}))
     assert contents(again.path) == contents(artifact.path)
 
 
 def test_the_tokens_of_a_model_are_made_by_its_own_tokenizer_and_fit_it(corpus: Path, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "model")
-    artifact = make_tokens(TokensConfig(corpus=corpus, output=tmp_path / "tokens", tokenizer=model, row_length=33))
+    artifact = make_tokens(TokensConfig(corpus=corpus, output=tmp_path / "tokens", tokenizer=model, row_length=33, workers=ONE))
     tokenizer, rows = Tokenizer.load(artifact.path), TokenRows(artifact.path / "rows")
     assert tokenizer.digest == Tokenizer.load(model).digest == artifact.manifest.inputs["tokenizer"]
     assert not {"method", "vocab_size"} & artifact.manifest.settings.keys()
@@ -194,7 +196,7 @@ TOO_MUCH = [
 @pytest.mark.parametrize(("change", "message"), TOO_MUCH)
 def test_more_than_the_text_can_give_is_one_error(corpus: Path, tmp_path: Path, change: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make_tokens(TokensConfig.model_validate({"corpus": corpus, "output": tmp_path / "tokens", **change}))
+        make_tokens(TokensConfig.model_validate({"corpus": corpus, "output": tmp_path / "tokens", "workers": ONE, **change}))
 
 
 JOBS = [

@@ -29,9 +29,9 @@ NUM_FILES = 2560
 """Ten tasks of one document a file, each long enough to be killed in."""
 
 
-def make_config(folder: Path, output: Path) -> CurateConfig:
+def make_config(folder: Path, output: Path, **changes: object) -> CurateConfig:
     inputs = [{"name": "notes", "kind": "other", "path": folder}]
-    return curate_config(folder, output, inputs=inputs, num_documents_per_file=500)
+    return curate_config(folder, output, inputs=inputs, num_documents_per_file=500, **changes)
 
 
 def parts_of(corpus: Path) -> dict[str, int]:
@@ -135,7 +135,7 @@ def test_a_job_killed_whole_then_its_driver_then_a_worker_ends_with_the_same_byt
     local_ray: str, notes: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_logger("corpora").addHandler(caplog.handler)
-    config = make_config(notes, tmp_path / "corpus")
+    config = make_config(notes, tmp_path / "corpus", workers={"num": 2})
     kill_driver(config, tmp_path, local_ray, with_workers=True)
     of_first_run = parts_of(config.output)
     kill_driver(config, tmp_path, local_ray, with_workers=False)

@@ -20,6 +20,8 @@ from powerhouse.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
+NUM_TOKENS = 40
+
 # Greedy in fp32, the same in llama.cpp on the dequantised file, in transformers and in vLLM.
 KNOWN = {
     "The capital of France is": " Paris.\n\nThe answer is: 2018-01-22 12:12:53.",
@@ -58,7 +60,7 @@ def test_smollm2_answers_as_it_is_known_to_and_as_transformers_does(folder: Path
 
     chat = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True)
     prompts = [*(tokenizer.encode(text) for text in [*KNOWN, *PROMPTS]), chat]
-    *ours, reply = generate(model, prompts, GenerationConfig(max_tokens=64), stop)
+    *ours, reply = generate(model, prompts, GenerationConfig(max_tokens=NUM_TOKENS), stop)
 
     assert [tokenizer.decode(ids) for ids in ours[: len(KNOWN)]] == list(KNOWN.values())
     assert tokenizer.decode(reply) == "The capital of France is Paris."
@@ -66,7 +68,7 @@ def test_smollm2_answers_as_it_is_known_to_and_as_transformers_does(folder: Path
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids, valid = tokenizer.encode_padded(PROMPTS, side="left")
     batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(valid).long()}
-    expected = theirs.generate(**batch, max_new_tokens=64, do_sample=False, pad_token_id=stop[0])[:, ids.shape[1] :]
+    expected = theirs.generate(**batch, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=stop[0])[:, ids.shape[1] :]
     for answer, row in zip(ours[len(KNOWN) :], expected.tolist(), strict=True):
         assert answer == row[: row.index(stop[0])] if stop[0] in row else answer == row
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
+from types import ModuleType
 
-import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lxml import etree
@@ -88,11 +88,17 @@ def _damage_named(location: str) -> Iterator[None]:
         raise InputError(what, got=f"{error.reason} at byte {error.start}", do="convert it to UTF-8") from None
     except etree.XMLSyntaxError as error:
         raise InputError(f"{location}: not well-formed XML", got=error.msg, do=do) from None
-    except (PermissionError, FileNotFoundError, aiohttp.ClientResponseError) as error:
+    except (PermissionError, FileNotFoundError, _http().ClientResponseError) as error:
         what = f"{location}: not there, or no right to read it"
         raise InputError(what, got=error, do="give this process the right, or leave it out with the glob") from None
-    except (EOFError, zlib.error, OSError, zipfile.BadZipFile, pa.ArrowException, csv.Error, aiohttp.ClientError) as error:
+    except (EOFError, zlib.error, OSError, zipfile.BadZipFile, pa.ArrowException, csv.Error, _http().ClientError) as error:
         raise InputError(f"{location}: truncated or damaged", got=error, do=do) from None
+
+
+def _http() -> ModuleType:
+    import aiohttp  # 0.2 s in every worker, and only what has failed needs the errors of HTTP
+
+    return aiohttp
 
 
 def _open_text(location: str, newline: str | None = None) -> TextIOWrapper:

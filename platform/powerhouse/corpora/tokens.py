@@ -92,12 +92,12 @@ def _make(config: TokensConfig, folder: Path) -> dict[str, int | float]:
     tokenizer = _get_tokenizer(config, paths, folder)
     connect(config.workers)
     documents = _encode(config.workers, paths, folder)
-    pieces = pack(documents["num_tokens"].to_numpy(), config.row_length)
-    if not pieces.num_rows:
-        num_tokens = pc.sum(documents["num_tokens"]).as_py()
+    num_tokens = pc.sum(documents["num_tokens"]).as_py()
+    if num_tokens < config.row_length:
         raise InputError(
             "the corpus fills no row", got=f"{num_tokens} tokens, row_length={config.row_length}", do="lower row_length"
         )
+    pieces = pack(documents["num_tokens"].to_numpy(), config.row_length)
     stream_T = _join_parts(folder / "work", len(paths))
     order_N = shuffle_order(pieces.num_rows, config.seed)
     write_rows(folder / "rows", stream_T, pieces, order_N, config.rows_per_shard)
