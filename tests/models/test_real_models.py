@@ -35,8 +35,8 @@ PROMPTS = [
     "If it rains tomorrow,", "The square root of 144 is", "Chapter 1\n\nIt was", "Q: Who wrote Hamlet?\nA:",
 ]  # fmt: skip
 TITLES = [
-    "Add a dark mode toggle to the settings page", "The unit tests fail on Windows because of path separators",
-    "How do I sort a list of dictionaries by a value of the dictionary in Python?", "Deploy the new service to production",
+    "Add a dark mode toggle to the settings page",
+    "How do I sort a list of dictionaries by a value of the dictionary in Python?",
     "Please refactor the login form so that it validates the e-mail address before it is sent",
 ]  # fmt: skip
 
