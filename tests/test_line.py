@@ -137,7 +137,7 @@ def test_up_keeps_finished_stages_answers_the_readme_commands_and_down_ends_it(l
     assert up.stdout.count("(kept)") == 5
     cluster_id = json.loads((line.storage / STATE_FILE).read_text())["cluster_id"]
     try:
-        second = line.shell(line.readme_command("ray job submit"))
+        second = line.shell(line.readme_command("ray job submit") + " num_actors=1")
         assert second.returncode == 0, second.stdout[-3000:]
         assert Artifact.open(line.storage / "demo" / "evaluation_2", "evaluation").manifest.counts
 
@@ -190,5 +190,5 @@ def test_a_failing_stage_fails_the_demo_and_stops_everything(line: Line, tmp_pat
 
     assert done.returncode == 2
     assert "no_such_key: unknown key" in done.stdout
-    assert "jobs/fetch_texts.py failed" in done.stderr
+    assert "error: jobs/fetch_texts.py failed\n  got: exit status 2\n" in done.stderr
     assert not (line.storage / STATE_FILE).exists()

@@ -47,7 +47,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_engine(decoder: Decoder, tokenizer: Tokenizer) -> MakeEngine:
-    def make(num_slots: int = 1, **settings: object) -> Engine:
+    def make(num_slots: int = 1, decoder: Decoder = decoder, **settings: object) -> Engine:
         config = EngineConfig.model_validate(settings)
         return Engine(decoder.config, tokenizer, config, SlottedRunner(Stage(decoder, config), num_slots))
 

@@ -32,7 +32,7 @@ from powerhouse.errors import ClusterError, PowerhouseError
 
 _READY_TIMEOUT_S = 600.0
 _PROBE_INTERVAL_S = 0.5
-_PROBES_PER_STATUS = 10  # `serve status` takes seconds of a core, which the starting replica needs
+_PROBES_PER_STATUS = 10  # what Serve's controller gathers is worth no more of the core that the starting replica needs
 
 
 class StageConfig(Config):
@@ -120,21 +120,22 @@ def deploy(cluster: LocalCluster, config: LineConfig) -> None:
     """
     cluster.deploy(_with_port(config))
     deadline = time.monotonic() + _READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        for _ in range(_PROBES_PER_STATUS):
-            if _answers(config):
-                return
-            time.sleep(_PROBE_INTERVAL_S)
-        if failure := _deploy_failure(cluster):
-            raise ClusterError("the endpoint did not come up", got=failure)
+    with httpx.Client(timeout=30) as client:
+        while time.monotonic() < deadline:
+            for _ in range(_PROBES_PER_STATUS):
+                if _answers(client, config):
+                    return
+                time.sleep(_PROBE_INTERVAL_S)
+            if failure := _deploy_failure(cluster):
+                raise ClusterError("the endpoint did not come up", got=failure)
     raise ClusterError("the endpoint was not ready in time", got=f"{_READY_TIMEOUT_S:.0f} s", do=f"see {cluster.dashboard_url}")
 
 
-def _answers(config: LineConfig) -> bool:
+def _answers(client: httpx.Client, config: LineConfig) -> bool:
     """Try a completion of one token: an endpoint that only says it is healthy is not yet ready."""
     with contextlib.suppress(httpx.TransportError, httpx.HTTPStatusError):
-        probe = {"model": _model_name(config), "prompt": "a", "max_tokens": 1}
-        return httpx.post(_url(config, "completions"), json=probe, timeout=30).is_success
+        probe = {"model": _model_name(client, config), "prompt": "a", "max_tokens": 1}
+        return client.post(_url(config, "completions"), json=probe).is_success
     return False
 
 
@@ -146,25 +147,27 @@ class Answer:
 
 def ask(config: LineConfig) -> Answer:
     """Stream one completion over HTTP and print it as it comes."""
-    body = {
-        "model": _model_name(config),
-        "prompt": config.prompt,
-        "max_tokens": config.max_tokens,
-        "temperature": 0.8,
-        "top_p": 0.95,
-        "seed": 1,
-    }
-    stream = {"stream": True, "stream_options": {"include_usage": True}}
     _say(f"\n{config.prompt}", end="")
     pieces: list[str] = []
     num_tokens = 0
-    with httpx.stream("POST", _url(config, "completions"), json=body | stream, timeout=120) as response:
-        response.raise_for_status()
-        for event in _events(response):
-            pieces.extend(choice["text"] for choice in event["choices"])
-            num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
-            for choice in event["choices"]:
-                _say(choice["text"], end="")
+    with httpx.Client(timeout=120) as client:
+        body = {
+            "model": _model_name(client, config),
+            "prompt": config.prompt,
+            "max_tokens": config.max_tokens,
+            "temperature": 0.8,
+            "top_p": 0.95,
+            "seed": 1,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        with client.stream("POST", _url(config, "completions"), json=body) as response:
+            response.raise_for_status()
+            for event in _events(response):
+                pieces.extend(choice["text"] for choice in event["choices"])
+                num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
+                for choice in event["choices"]:
+                    _say(choice["text"], end="")
     _say("\n")
     return Answer("".join(pieces), num_tokens)
 
@@ -180,9 +183,9 @@ def _url(config: LineConfig, route: str) -> str:
     return f"http://127.0.0.1:{config.http_port}/v1/{route}"
 
 
-def _model_name(config: LineConfig) -> str:
+def _model_name(client: httpx.Client, config: LineConfig) -> str:
     """Name of the model that the endpoint serves."""
-    models = httpx.get(_url(config, "models"), timeout=30).raise_for_status().json()
+    models = client.get(_url(config, "models")).raise_for_status().json()
     return str(models["data"][0]["id"])
 
 
@@ -241,13 +244,15 @@ def up(config: LineConfig) -> None:
         cluster.stop()
         raise
     url, first = cluster.dashboard_url, config.stages[-1]
+    with httpx.Client(timeout=30) as client:
+        model = _model_name(client, config)
     _say(f"""
 The cluster and the endpoint keep running (storage root {storage_root()}).
 dashboard    {url}   (token: .venv/bin/ray get-auth-token)
 submit       .venv/bin/ray job submit --address {url} --runtime-env jobs/runtime_env.yaml -- \\
                python {first.job} --config {first.config} output=demo/evaluation_2
 ask          curl -N {_url(config, "completions")} -H 'Content-Type: application/json' \\
-               -d '{{"model": "{_model_name(config)}", "prompt": "{config.prompt}", "max_tokens": 40, "stream": true}}'
+               -d '{{"model": "{model}", "prompt": "{config.prompt}", "max_tokens": 40, "stream": true}}'
 stop         make down""")
 
 

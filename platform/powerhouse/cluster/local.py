@@ -1,14 +1,16 @@
-"""The cluster of `cluster.yaml` on one machine: a Ray head that carries all three groups' resources.
+"""The cluster of `cluster.yaml` on one machine: a Ray head that carries all three groups' resources. [Ray]
 
-It is driven by Ray's own commands - `ray start`, `ray job submit`, `serve deploy` - as a real cluster is. No Ray is imported.
+It is driven as a real cluster is: by `ray start`, `serve deploy`, and what stands behind `ray job submit` and `serve status`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import yaml
@@ -31,8 +33,12 @@ from powerhouse.config import STORAGE_VARIABLE, Config, storage_root
 from powerhouse.errors import ClusterError
 from powerhouse.job import CHECK
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 STATE_FILE = "cluster.json"
 _START_TIMEOUT_S = 300.0
+_STATUS_TIMEOUT_S = 60.0
 
 
 class LocalClusterConfig(Config):
@@ -69,10 +75,19 @@ class LocalCluster:
         Raises:
             ClusterError: it ended with an error, which its log names.
         """
-        command = ["ray", "job", "submit", "--address", self.dashboard_url, "--runtime-env", "jobs/runtime_env.yaml"]
-        done = self.run([*command, "--", "python", str(job), *arguments])
-        if done != 0:
-            raise ClusterError(f"{job} failed", got=f"exit status {done}", do="read the job's log above")
+        from ray.job_submission import JobStatus, JobSubmissionClient  # takes a second: a line that is done submits nothing
+
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            os.environ.pop(name, None)  # Ray would take it for the address of this cluster
+        client = JobSubmissionClient(self.dashboard_url, headers=_authorization())
+        runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text(encoding="utf-8"))
+        job_id = client.submit_job(entrypoint=shlex.join(["python", str(job), *arguments]), runtime_env=runtime_env)
+        print(f"job {job_id}: {self.dashboard_url}/#/jobs/{job_id}", flush=True)
+        asyncio.run(_show_log(client, job_id))
+        done = client.get_job_info(job_id)
+        if done.status != JobStatus.SUCCEEDED:
+            reason = done.message if done.driver_exit_code is None else f"exit status {done.driver_exit_code}"
+            raise ClusterError(f"{job} failed", got=reason, do="read the job's log above")
 
     def is_done(self, job: Path, arguments: Sequence[str]) -> bool:
         """Ask the job, here and without Ray, whether its result is there already."""
@@ -89,12 +104,14 @@ class LocalCluster:
             raise ClusterError(f"{serve_config}: not deployed", do="read Serve's answer above")
 
     def serve_status(self) -> dict[str, Any]:
-        """Return what `serve status` tells."""
-        command = [_tool("serve"), "status", "--address", self.dashboard_url]
-        done = subprocess.run(command, env=_environment(self.cluster_id), capture_output=True, text=True)
-        if done.returncode != 0:
-            raise ClusterError("serve status failed", got=done.stderr.strip()[-500:])
-        return yaml.safe_load(done.stdout) or {}
+        """Return what `serve status` is made of."""
+        route = f"{self.dashboard_url}/api/serve/applications/"
+        try:
+            answer = httpx.get(route, headers=_authorization(), timeout=_STATUS_TIMEOUT_S).raise_for_status()
+        except httpx.HTTPError as error:
+            raise ClusterError("the dashboard does not tell Serve's status", got=error) from None
+        status: dict[str, Any] = answer.json()
+        return status
 
     def run(self, command: Sequence[str]) -> int:
         """Run one of Ray's commands as this cluster's user would; it is ended if this process is interrupted."""
@@ -202,6 +219,20 @@ def _environment(cluster_id: str) -> dict[str, str]:
     return environment | marks | {"PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
+def _authorization() -> dict[str, str]:
+    """What the dashboard asks for: the token, from where Ray would take it."""
+    environment = os.environ
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    token = environment.get("RAY_AUTH_TOKEN") or path.read_text(encoding="utf-8").strip()
+    return {"Authorization": f"Bearer {token}"}
+
+
+async def _show_log(client: JobSubmissionClient, job_id: str) -> None:
+    """Print what the job prints until it ends."""
+    async for lines in client.tail_job_logs(job_id):
+        print(lines, end="", flush=True)
+
+
 def _tool(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
@@ -217,10 +248,11 @@ def _die_with_parent() -> None:
 
 def _wait_until_up(cluster: LocalCluster, head: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while head.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{cluster.dashboard_url}/api/version", timeout=5).status_code in (200, 401):
-                return
-        time.sleep(0.3)
+    with httpx.Client(timeout=5) as client:
+        while head.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(f"{cluster.dashboard_url}/api/version").status_code in (200, 401):
+                    return
+            time.sleep(0.3)
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
     raise ClusterError("Ray's head did not come up", got=tail)

@@ -6,9 +6,11 @@ from typing import Any
 
 from ray import serve
 from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import RayServeException
 
 from powerhouse.config import validate
 from powerhouse.engine.adapters import load_adapters
+from powerhouse.errors import PowerhouseError
 from powerhouse.models.hub import read_config
 from powerhouse.serving.api import RETRY_AFTER_S
 from powerhouse.serving.config import ServingConfig, to_actor_options
@@ -34,13 +36,14 @@ def build(args: dict[str, Any]) -> serve.Application:
     deployment once and at once, and leaves what was deployed before it running.
 
     Raises:
-        ConfigError: a field is unknown, missing or out of range.
-        ModelFormatError: the model directory, or that of an adapter, is missing or damaged.
+        RayServeException: a field is unknown, missing or out of range (ConfigError), or the directory of the model or of an
+            adapter is missing or damaged (ModelFormatError). Serve shows the message of this error alone; any other it
+            tries three times more, and shows with its traceback.
     """
-    config = validate(ServingConfig, args, "args of the Serve application")
-    read_config(config.model)
-    load_adapters(config.model, list(config.engine.adapters.values()))
-    Tokenizer.load(config.model)
+    try:
+        config = _checked(args)
+    except PowerhouseError as error:
+        raise RayServeException(f"{type(error).__name__}: {error}") from error
     bundles = config.bundles
     deployment = serve.deployment(
         serve.ingress()(PipelineReplica),
@@ -51,3 +54,11 @@ def build(args: dict[str, Any]) -> serve.Application:
         **_DEFAULTS,
     )
     return deployment.bind(config)
+
+
+def _checked(args: dict[str, Any]) -> ServingConfig:
+    config = validate(ServingConfig, args, "args of the Serve application")
+    read_config(config.model)
+    load_adapters(config.model, list(config.engine.adapters.values()))
+    Tokenizer.load(config.model)
+    return config
