@@ -34,7 +34,7 @@ from powerhouse.errors import ClusterError
 from powerhouse.job import CHECK
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 STATE_FILE = "cluster.json"
 _START_TIMEOUT_S = 300.0
@@ -73,21 +73,28 @@ class LocalCluster:
         """Run a job to its end, its log shown here.
 
         Raises:
-            ClusterError: it ended with an error, which its log names.
+            ClusterError: it ended with an error, which its log names, or Ray's job server was lost.
         """
-        from ray.job_submission import JobStatus, JobSubmissionClient  # takes a second: a line that is done submits nothing
+        done = self._run_job(shlex.join(["python", str(job), *arguments]))
+        if done.status != "SUCCEEDED":
+            reason = done.message if done.driver_exit_code is None else f"exit status {done.driver_exit_code}"
+            raise ClusterError(f"{job} failed", got=reason, do="read the job's log above")
+
+    def _run_job(self, entrypoint: str) -> JobDetails:
+        import aiohttp
+        from ray.job_submission import JobSubmissionClient  # takes a second: a line that is done submits nothing
 
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             os.environ.pop(name, None)  # Ray would take it for the address of this cluster
-        client = JobSubmissionClient(self.dashboard_url, headers=_authorization())
         runtime_env = yaml.safe_load(Path("jobs/runtime_env.yaml").read_text(encoding="utf-8"))
-        job_id = client.submit_job(entrypoint=shlex.join(["python", str(job), *arguments]), runtime_env=runtime_env)
-        print(f"job {job_id}: {self.dashboard_url}/#/jobs/{job_id}", flush=True)
-        asyncio.run(_show_log(client, job_id))
-        done = client.get_job_info(job_id)
-        if done.status != JobStatus.SUCCEEDED:
-            reason = done.message if done.driver_exit_code is None else f"exit status {done.driver_exit_code}"
-            raise ClusterError(f"{job} failed", got=reason, do="read the job's log above")
+        try:
+            client = JobSubmissionClient(self.dashboard_url, headers=_authorization())
+            job_id = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+            print(f"job {job_id}: {self.dashboard_url}/#/jobs/{job_id}", flush=True)
+            asyncio.run(_show_log(client, job_id))
+            return client.get_job_info(job_id)
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            raise ClusterError("Ray's job server is lost", got=error) from error
 
     def is_done(self, job: Path, arguments: Sequence[str]) -> bool:
         """Ask the job, here and without Ray, whether its result is there already."""
