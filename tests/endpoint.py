@@ -26,10 +26,14 @@ class Endpoint:
 
     def __init__(self, model: Path, port: int, log: Path) -> None:
         self.url = f"http://127.0.0.1:{port}/v1"
+        self._command = [sys.executable, __file__, str(model), str(port)]
+        self.start(log)
+
+    def start(self, log: Path) -> None:
+        """Start it, or once more after it was killed, with another log."""
         self.log = log
         with log.open("w") as file:
-            command = [sys.executable, __file__, str(model), str(port)]
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment())
+            self.process = subprocess.Popen(self._command, stdout=file, stderr=file, env=environment())
         deadline = time.monotonic() + 120
         while not self._answers():
             assert self.process.poll() is None, log.read_text()

@@ -101,9 +101,10 @@ def test_an_endpoint_answers_as_the_model_itself_does(endpoint: Endpoint, model:
             assert reply[name] == (expected[name] if name == "text" else pytest.approx(expected[name], abs=1e-4))
 
 
-def test_a_job_and_then_an_endpoint_are_killed_and_no_question_is_answered_twice(model: Path, tmp_path: Path) -> None:
-    first = Endpoint(model, free_port(), tmp_path / "first.log")
-    path = write_config(tmp_path, first.url)
+def test_a_job_and_then_an_endpoint_are_killed_and_no_question_is_answered_twice(
+    endpoint: Endpoint, model: Path, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, endpoint.url)
     command = [sys.executable, str(ROOT / "jobs" / "evaluate_model.py"), "--config", str(path)]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
     wait_for(tmp_path, 20, lambda: job.poll() is None)
@@ -111,8 +112,8 @@ def test_a_job_and_then_an_endpoint_are_killed_and_no_question_is_answered_twice
     job.communicate()
     after_job = kept(tmp_path)
 
-    killer = threading.Thread(target=lambda: (wait_for(tmp_path, len(after_job) + 20, first_is_up), first.kill()))
-    first_is_up: Callable[[], bool] = lambda: first.process.poll() is None  # noqa: E731
+    is_up: Callable[[], bool] = lambda: endpoint.process.poll() is None  # noqa: E731
+    killer = threading.Thread(target=lambda: (wait_for(tmp_path, len(after_job) + 20, is_up), endpoint.kill()))
     killer.start()
     refusal = r"(completions|tokenize) does not answer\n  got: .*\n  do: .*what was answered is kept"
     with pytest.raises(ClusterError, match=refusal):
@@ -122,13 +123,10 @@ def test_a_job_and_then_an_endpoint_are_killed_and_no_question_is_answered_twice
     assert after_endpoint[: len(after_job)] == after_job
     assert len(after_job) + 20 <= len(after_endpoint) < NUM_ITEMS
 
-    second = Endpoint(model, int(first.url.split(":")[2].split("/")[0]), tmp_path / "second.log")
-    try:
-        evaluation = evaluate_model(read_config(path))
-    finally:
-        second.kill()
+    endpoint.start(tmp_path / "second.log")
+    evaluation = evaluate_model(read_config(path))
     assert kept(tmp_path)[: len(after_endpoint)] == after_endpoint
-    assert second.num_completions == NUM_ITEMS - len(after_endpoint)
+    assert endpoint.num_completions == NUM_ITEMS - len(after_endpoint)
     replies = dict(json.loads(line) for line in kept(tmp_path))
     assert len(replies) == len(kept(tmp_path)) == NUM_ITEMS
 

@@ -15,7 +15,6 @@ from powerhouse.artifacts import Counts
 from powerhouse.corpora.shards import TokenRows
 from powerhouse.device import choose_device, to_dtype
 from powerhouse.evaluation.perplexity import finalise_bits_per_byte, nats_of_documents, unigram_nats, xz_bits_per_byte
-from powerhouse.evaluation.pool import in_pool
 from powerhouse.evaluation.score import Score, make_score, make_signature
 from powerhouse.evaluation.settings import EvaluationConfig
 from powerhouse.heldout import HELDOUT, read_heldout
@@ -58,6 +57,8 @@ def _score_model(config: EvaluationConfig, model: Path, texts: list[str], num_by
 
 def _nats_in_pool(config: EvaluationConfig, texts: list[str]) -> npt.NDArray[np.float64]:
     """Nats of each text, in the texts' order; long and short documents alike go to whichever actor is free."""
+    from powerhouse.evaluation.pool import in_pool  # Ray takes a second to load: not for --check, which only asks
+
     nats = np.zeros(len(texts))
     with progress("scoring", len(texts), "document") as bar:
         for row in in_pool(ModelScorer, (config,), {"number": range(len(texts)), "text": texts}, config):

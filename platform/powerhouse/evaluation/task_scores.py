@@ -19,7 +19,6 @@ from powerhouse.evaluation.asking import Question, Reply, Respondent
 from powerhouse.evaluation.endpoint import Endpoint, ask_endpoint
 from powerhouse.evaluation.families import open_respondent
 from powerhouse.evaluation.plans import Plan, make_plan
-from powerhouse.evaluation.pool import in_pool
 from powerhouse.evaluation.reading import DecoderRespondent, TokenModel
 from powerhouse.evaluation.records import digest_of
 from powerhouse.evaluation.replies import Replies, collect, missing
@@ -105,6 +104,8 @@ def ask_pool(
     config: EvaluationConfig, questions: Mapping[str, Question], open_decoder: OpenDecoder
 ) -> Iterator[tuple[str, Reply]]:
     """Ask a model directory that actors hold, and give the replies as they come."""
+    from powerhouse.evaluation.pool import in_pool  # Ray takes a second to load: not for an endpoint, nor for --check
+
     ordered = sorted(questions.values(), key=lambda question: question.text)  # those that begin alike are neighbours
     columns = {"key": [question.key for question in ordered], "question": [question.text for question in ordered]}
     for row in in_pool(Answerer, (config, open_decoder), columns, config):
