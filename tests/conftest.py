@@ -23,9 +23,6 @@ hypothesis.settings.load_profile("untimed")
 # Tensors are tiny here: a second thread would only wait, and take the core from whatever else runs.
 torch.set_num_threads(1)
 
-# What is imported and collected stays to the end: looking for garbage in it is a sixth of the collection, and more later.
-gc.disable()
-
 # One token for every Ray that the tests start: a process reads it once, and none is to be left in the home folder.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -45,6 +42,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collectstart() -> None:
+    gc.disable()  # what is imported and collected stays: looking for garbage in it is a sixth of the collection, and more later
 
 
 def pytest_collection_finish() -> None:
