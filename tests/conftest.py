@@ -30,6 +30,9 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # Hundreds of processes are started: without bytecode each of them would compile all that it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Ray's log monitor looks for new files twice a second, not ten times: it took as much of a CPU as a start of two workers.
+os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+
 # What is downloaded is kept between runs of the tests, as between runs of the demo.
 os.environ.setdefault("POWERHOUSE_CACHE", str(Path(__file__).parents[1] / "runs" / "cache"))
 
