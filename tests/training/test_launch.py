@@ -185,7 +185,7 @@ def struck(cluster: Cluster, node: Any, tmp_path_factory: pytest.TempPathFactory
         strike_in_turn(config, process, node, tell_one_to_end)
         wait_until(lambda: is_going(config, 2) and newest_checkpoint(config) > starts(config)[1][0], process, config)
         process.send_signal(signal.SIGKILL)
-    num_done_at_kill = num_done(config)
+    killed_s, num_done_at_kill = time.monotonic(), num_done(config)
     assert not (config.output / "manifest.json").exists()
 
     # Saved at the signal, at the notice and at the end: every start after one is from there.
@@ -198,6 +198,8 @@ def struck(cluster: Cluster, node: Any, tmp_path_factory: pytest.TempPathFactory
         assert process.wait() == 2, said(config)
     said_at_sigterm = said(config)
 
+    # Ray keeps a killed job's room for so long, and until then an elastic run's controller asks for it with a whole CPU.
+    time.sleep(max(killed_s + 180 - time.monotonic(), 0))
     # Ray waits this long for the workers that there is no room for any more.
     with job(with_run(config, min_workers=1), cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5") as process:
         strike_in_turn(config, process, nodes[1], partial(give_notice, cluster))
