@@ -42,7 +42,7 @@ from tiny_run import losses, make_config, run_loop, write_tokens
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 JOB = Path(__file__).parents[2] / "jobs" / "train_model.py"
-NUM_STEPS, EVERY = 100, 10
+NUM_STEPS, EVERY = 140, 10
 GIB = 2**30
 
 
@@ -61,17 +61,21 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def node(cluster: Cluster) -> Iterator[Any]:
-    """Give a node with room for two workers that kills them once the machine has 6 GiB less to give than now.
+def node(cluster: Cluster) -> Any:
+    return add_node(cluster)
+
+
+def add_node(cluster: Cluster, num_workers: int = 2, **variables: str) -> Any:
+    return cluster.add_node(num_cpus=num_workers, resources={"train": 1000}, env_vars=variables)
+
+
+def short_of_memory() -> dict[str, str]:
+    """Tell a node to kill its workers once the machine has 6 GiB less to give than now.
 
     That is some more than a run and what else the machine does take.
     """
     most = min((get_used_memory() + 6 * GIB) / get_system_memory(), 0.9)
-    variables = {"RAY_memory_usage_threshold": str(most), "RAY_memory_monitor_refresh_ms": "100"}
-    node = cluster.add_node(num_cpus=2, resources={"train": 1000}, env_vars=variables)
-    yield node
-    if node in cluster.worker_nodes:
-        cluster.remove_node(node, allow_graceful=False)
+    return {"RAY_memory_usage_threshold": str(most), "RAY_memory_monitor_refresh_ms": "100"}
 
 
 def config_in(folder: Path, **changes: Any) -> TrainingConfig:
@@ -181,28 +185,28 @@ class Struck:
 @pytest.fixture(scope="module")
 def struck(cluster: Cluster, node: Any, tmp_path_factory: pytest.TempPathFactory) -> Struck:
     config = adapter_config_in(tmp_path_factory.mktemp("struck"))
-    with job(config, cluster.address) as process:
-        strike_in_turn(config, process, node, tell_one_to_end)
-        wait_until(lambda: is_going(config, 2) and newest_checkpoint(config) > starts(config)[1][0], process, config)
+    small = add_node(cluster, 1)
+    # Ray waits this long for the workers that there is no room for any more.
+    quickly = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5"}
+    with job(with_run(config, min_workers=1), cluster.address, **quickly) as process:
+        strike_in_turn(config, process, node, tell_one_to_end, partial(give_notice, cluster))
+        wait_until(lambda: is_going(config, 3) and newest_checkpoint(config) > starts(config)[2][0], process, config)
         process.send_signal(signal.SIGKILL)
-    killed_s, num_done_at_kill = time.monotonic(), num_done(config)
+    num_done_at_kill = num_done(config)
     assert not (config.output / "manifest.json").exists()
 
-    # Saved at the signal, at the notice and at the end: every start after one is from there.
+    for one in (node, small):
+        cluster.remove_node(one, allow_graceful=False)
+    # Saved at the signal and at the end: every start after one is from there.
     config = with_run(config, checkpoint_every=1000, max_failures=3)
-    nodes: list[Any] = []
     with job(config, cluster.address) as process:
-        strike_in_turn(config, process, node, fill_memory, kill_one, partial(replace_node, cluster, nodes))
-        wait_until(lambda: is_going(config, 6), process, config)
+        strikes = (fill_memory, kill_one, partial(replace_node, cluster))
+        strike_in_turn(config, process, add_node(cluster, **short_of_memory()), *strikes)
+        wait_until(lambda: is_going(config, 7), process, config)
         process.terminate()
         assert process.wait() == 2, said(config)
     said_at_sigterm = said(config)
-
-    # Ray keeps a killed job's room for so long, and until then an elastic run's controller asks for it with a whole CPU.
-    time.sleep(max(killed_s + 180 - time.monotonic(), 0))
-    # Ray waits this long for the workers that there is no room for any more.
-    with job(with_run(config, min_workers=1), cluster.address, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5") as process:
-        strike_in_turn(config, process, nodes[1], partial(give_notice, cluster))
+    with job(config, cluster.address) as process:
         assert process.wait() == 0, said(config)
     return Struck(config, num_done_at_kill, said_at_sigterm)
 
@@ -233,18 +237,19 @@ def test_a_job_a_worker_and_a_node_killed_or_told_to_end_and_short_memory_leave_
     struck: Struck, tmp_path: Path
 ) -> None:
     """And so does a node that is taken away after a notice: the run saves, and goes on with fewer workers."""
-    (_, of_worker, resumed, *_, of_job, of_notice), _ = zip(*starts(struck.config), strict=True)
-    assert starts(struck.config) == [(0, 2), (of_worker, 2), *[(resumed, 2)] * 4, (of_job, 2), (of_notice, 1)]
-    assert 5 < of_worker < resumed <= struck.num_done_at_kill
+    (_, of_worker, of_notice, resumed, *_, of_job), _ = zip(*starts(struck.config), strict=True)
+    assert starts(struck.config) == [(0, 2), (of_worker, 2), (of_notice, 1), *[(resumed, 2)] * 4, (of_job, 2)]
+    assert 5 < of_worker < of_notice - 5 < resumed - 5 <= struck.num_done_at_kill - 5
     assert resumed % EVERY == 0
-    assert resumed + 5 < of_job < of_notice - 5 < NUM_STEPS - 10
+    assert resumed + 5 < of_job < NUM_STEPS - 10
     told = f"error: the job was told to end (SIGTERM)\n  got: asked to stop; saved after {of_job} steps"
     assert told in struck.said_at_sigterm
 
     whole = read_shape(adapter_config_in(tmp_path))
-    stopped = f"StopRequest: asked to stop; saved after {of_notice} steps"
-    assert run_on_ranks(2, run_loop, whole, None, partial(is_last_before, of_notice)) == [stopped] * 2
-    assert run_on_ranks(1, run_loop, whole) == [None]
+    for num_ranks, end in ((2, of_notice), (1, resumed)):
+        stopped = f"StopRequest: asked to stop; saved after {end} steps"
+        assert run_on_ranks(num_ranks, run_loop, whole, None, partial(is_last_before, end)) == [stopped] * num_ranks
+    assert run_on_ranks(2, run_loop, whole) == [None] * 2
     assert losses(struck.config) == losses(whole)
 
 
@@ -301,9 +306,9 @@ def kill_one(node: Any) -> None:
     training_workers(node)[-1].kill()
 
 
-def replace_node(cluster: Cluster, added: list[Any], node: Any) -> None:
+def replace_node(cluster: Cluster, node: Any) -> None:
     for one in processes(node):
         with contextlib.suppress(psutil.NoSuchProcess):  # those of a raylet that is gone end by themselves
             one.kill()
     cluster.remove_node(node, allow_graceful=False)
-    added += [cluster.add_node(num_cpus=1, resources={"train": 1000}) for _ in range(2)]
+    add_node(cluster)
