@@ -78,7 +78,7 @@ def variables(endpoint: str) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _server() -> Iterator[S3Server]:
     server = start_server()
     yield server
@@ -87,7 +87,7 @@ def _server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """Give a bucket of the test's own, and point the environment at its server (one for all tests of a process)."""
+    """Give a bucket of the test's own, and point the environment at its server (one for each module)."""
     for name, value in variables(_server.endpoint).items():
         monkeypatch.setenv(name, value)
     test = os.environ["PYTEST_CURRENT_TEST"]

@@ -124,7 +124,9 @@ def _read_lora(values: Mapping[str, Any], tensors: dict[str, Tensor], form: Form
     if foreign := sorted(set(tensors) - set(found.values())):
         raise ModelFormatError("the adapter belongs to another model", got=foreign[0])
     settings = {"rank": values.get("r"), "alpha": values.get("lora_alpha"), "dropout": values.get("lora_dropout", 0.0)}
-    config = validate(LoRAConfig, settings | {"targets": {name.rpartition(".")[0] for name in found}}, CONFIG)
+    config = validate(
+        LoRAConfig, settings | {"targets": list(dict.fromkeys(name.rpartition(".")[0] for name in found))}, CONFIG
+    )
     if values.get("use_rslora"):  # alpha / sqrt(rank) (Kalajdzievski 2023), which is some alpha / rank
         config = config.model_copy(update={"alpha": config.alpha * config.rank**0.5})
     for target in config.targets:
