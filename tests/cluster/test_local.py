@@ -70,6 +70,14 @@ def test_a_submitted_job_runs_where_all_three_groups_are(cluster: LocalCluster, 
     assert [name for name in ("data", "train", "serve") if f"'{name}': 1000.0" not in resources] == []
 
 
+def test_a_job_server_that_does_not_answer_is_one_error(tmp_path: Path) -> None:
+    lost = LocalCluster("lost", 0, str(tmp_path), find_free_port())
+    with pytest.raises(ClusterError, match="Ray's job server refused the job or is lost"):
+        lost.submit(tmp_path / "job.py", [])
+    with pytest.raises(ClusterError, match="the dashboard does not tell Serve's status"):
+        lost.serve_status()
+
+
 @pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {'0' * 64}"}], ids=["no token", "another token"])
 def test_without_the_token_nobody_may_submit(cluster: LocalCluster, headers: dict[str, str]) -> None:
     answer = httpx.post(f"{cluster.dashboard_url}/api/jobs/", json={"entrypoint": "true"}, headers=headers)

@@ -73,7 +73,7 @@ class LocalCluster:
         """Run a job to its end, its log shown here.
 
         Raises:
-            ClusterError: it ended with an error, which its log names, or Ray's job server was lost.
+            ClusterError: it ended with an error, which its log names, or Ray's job server refused it or was lost.
         """
         done = self._run_job(shlex.join(["python", str(job), *arguments]))
         if done.status != "SUCCEEDED":
@@ -94,7 +94,7 @@ class LocalCluster:
             asyncio.run(_show_log(client, job_id))
             return client.get_job_info(job_id)
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            raise ClusterError("Ray's job server is lost", got=error) from error
+            raise ClusterError("Ray's job server refused the job or is lost", got=error) from error
 
     def is_done(self, job: Path, arguments: Sequence[str]) -> bool:
         """Ask the job, here and without Ray, whether its result is there already."""

@@ -92,7 +92,7 @@ def _make(config: TokensConfig, folder: Path) -> dict[str, int | float]:
     tokenizer = _get_tokenizer(config, paths, folder)
     connect(config.workers)
     documents = _encode(config.workers, paths, folder)
-    num_tokens = pc.sum(documents["num_tokens"]).as_py()
+    num_tokens = pc.sum(documents["num_tokens"], min_count=0).as_py()
     if num_tokens < config.row_length:
         raise InputError(
             "the corpus fills no row", got=f"{num_tokens} tokens, row_length={config.row_length}", do="lower row_length"
