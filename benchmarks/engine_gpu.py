@@ -2,9 +2,10 @@
 
     python benchmarks/engine_gpu.py [--device cuda] [--shape llama-3.2-1b llama-3.1-8b] [--quantization int8]
 
-Random weights in bfloat16, contexts of 512 tokens. `bandwidth` is what one step has to read (weights once, keys and values of
-every context) over its time; `share` is that over the bandwidth of a copy within the device, measured in the same run (read and
-write counted). `first token ms` is one prompt of 512 tokens. `--device cpu --shape tiny` only shows that it runs.
+Random weights in bfloat16, contexts of 512 tokens; decodes plain and, on a GPU, captured in CUDA graphs (`compiles_decodes`).
+`bandwidth` is what one step has to read (weights once, keys and values of every context) over its time; `share` is that by the
+bandwidth of a copy within the device, measured in the same run (read and write counted). `first token ms` is one prompt of 512
+tokens, `ready s` what the stage took to start. `--device cpu --shape tiny` only shows that it runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -87,19 +89,27 @@ def main() -> None:
     device, dtype = torch.device(arguments.device), torch.bfloat16 if arguments.device == "cuda" else torch.float32
     copied, rows = copy_bandwidth(device), []
     bits = {"int8": 8, "int4": 5, None: 8 * dtype.itemsize}[arguments.quantization]  # int4 with its scales and centres
-    for shape in arguments.shape:
+    ways = {"plain": False, "captured": True} if arguments.device == "cuda" else {"plain": False}
+    for shape, (way, compiles_decodes) in product(arguments.shape, ways.items()):
         decoder = make_decoder(shape, device, dtype)
         config, num_weights = decoder.config, sum(p.numel() for p in decoder.parameters())
         kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT * dtype.itemsize
         settings = {"num_blocks": max(arguments.nums) * CONTEXT // BLOCK, "block_size": BLOCK, "device": arguments.device}
+        settings |= {"max_num_seqs": max(arguments.nums), "compiles_decodes": compiles_decodes}
         settings |= {"quantization": arguments.quantization} if arguments.quantization else {}
+        start_s = time.perf_counter()
         stage = Stage(decoder, EngineConfig.model_validate(settings), empties=True)
+        ready_s = time.perf_counter() - start_s
         first_s = seconds(partial(step, stage, prompt_batch()), device, 5)
         for num in arguments.nums:
-            step_s = seconds(partial(step, stage, decode_batch(num)), device, 20)
+            batch = decode_batch(num)
+            assert not (stage.compiled and not stage.compiled.takes(batch)), "captured steps are to be measured"
+            step_s = seconds(partial(step, stage, batch), device, 20)
             bandwidth = (num_weights * bits / 8 + num * kv_bytes) / step_s
-            rows.append((shape, num, 1e3 * step_s, num / step_s, bandwidth / 1e9, bandwidth / copied, 1e3 * first_s))
-    header = ("shape", "at once", "step ms", "tok/s", "bandwidth GB/s", "share", "first token ms")
+            rates = num / step_s, bandwidth / 1e9, bandwidth / copied
+            rows.append((shape, way, num, 1e3 * step_s, *rates, 1e3 * first_s, ready_s))
+        del decoder, stage
+    header = ("shape", "decodes", "at once", "step ms", "tok/s", "bandwidth GB/s", "share", "first token ms", "ready s")
     notes = {"copy GB/s": copied / 1e9, "quantization": arguments.quantization or "none"}
     report("engine_gpu", header, rows, notes)
 

@@ -34,6 +34,11 @@ def to_dtype(name: DtypeName) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def upload(values: object, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Numbers as a tensor; to a GPU by way of pinned memory, which does not wait for what the GPU has still to compute."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def computes_bfloat16(device_type: str) -> bool:
     """Whether the device has instructions for bfloat16: every GPU we support, and the CPUs that oneDNN has kernels for.
 

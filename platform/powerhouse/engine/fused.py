@@ -103,7 +103,10 @@ class FusedBlock(nn.Module):
         self.activation = mlp.activation
 
     def forward(self, x_TC: Tensor, layer: int, attend: Attend, rope: Rope, window: int | None) -> Tensor:
-        heads_THD = attend(layer, *self.queries_keys_values(x_TC, rope), window=window)
+        return self.finish(x_TC, attend(layer, *self.queries_keys_values(x_TC, rope), window=window))
+
+    def finish(self, x_TC: Tensor, heads_THD: Tensor) -> Tensor:
+        """What comes after attention."""
         x_TC = x_TC + self.o_proj(heads_THD.flatten(-2))
         gate, up = self.gate_up_proj(self.mlp_norm(x_TC)).chunk(2, dim=-1)
         out_TC: Tensor = x_TC + self.down_proj(self.activation(gate).mul_(up))

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from powerhouse.device import choose_device, reuse_freed_memory, to_dtype
+from powerhouse.device import choose_device, reuse_freed_memory, to_dtype, upload
 from powerhouse.engine.adapters import AdaptedStage, load_adapters
 from powerhouse.engine.attention import PagedAttention, PagedCache
 from powerhouse.engine.batch import BatchResult, ForwardBatch
 from powerhouse.engine.compiled import CompiledDecodes
 from powerhouse.engine.formats import compute_dtype, make_pack
 from powerhouse.engine.fused import FusedDecoder
+from powerhouse.engine.graphs import CudaGraphs
 from powerhouse.engine.logprobs import TokenLogprobs, score
 from powerhouse.engine.sampler import sample
 from powerhouse.engine.settings import EngineConfig
@@ -45,8 +46,14 @@ class Stage:
         pack = make_pack(config, weight.dtype, self.device)
         self.decoder = FusedDecoder(decoder, pack, self.dtype, int(num_positions), empties=empties)
         self.adapted = AdaptedStage(self.decoder, adapters) if adapters else None
-        self._cache = PagedCache(decoder.config, decoder.layers, config.num_blocks, config.block_size, self.dtype, self.device)
-        self.compiled = CompiledDecodes(self.decoder, self._cache) if config.compiles_decodes else None
+        is_graphed = config.compiles_decodes and self.device.type == "cuda"
+        num_blocks = config.num_blocks + is_graphed  # one more, for rows that are nobody's
+        self._cache = PagedCache(decoder.config, decoder.layers, num_blocks, config.block_size, self.dtype, self.device)
+        self.compiled: CompiledDecodes | CudaGraphs | None = None
+        if is_graphed:
+            self.compiled = CudaGraphs(self.decoder, self._cache, config)
+        elif config.compiles_decodes:
+            self.compiled = CompiledDecodes(self.decoder, self._cache)
 
     @classmethod
     def load(cls, directory: Path, config: EngineConfig, layers: range | None = None) -> Stage:
@@ -70,8 +77,8 @@ class Stage:
         assert (hidden_TC is None) == self.is_first, "hidden states come from the stage before, if there is one"
         if self.adapted:
             self.adapted.select(batch)
-        x = torch.tensor(batch.token_ids, device=self.device) if hidden_TC is None else hidden_TC
-        positions_T = torch.tensor(batch.positions, device=self.device)
+        x = upload(batch.token_ids, self.device) if hidden_TC is None else hidden_TC
+        positions_T = upload(batch.positions, self.device)
         with torch._C.DisableTorchFunctionSubclass():  # nothing here has one, and to look for it in packed weights takes time
             if self.compiled and self.compiled.takes(batch):
                 return self.compiled.transform(x, positions_T, batch)
