@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from powerhouse.device import upload
 from powerhouse.engine.batch import ForwardBatch
 from powerhouse.engine.kernels import Places, Reach, attend_in_place, can_attend_in_place, choose_kernel
 from powerhouse.models.attention import Mask, PositionBias
@@ -211,4 +212,4 @@ def pad(blocks: tuple[int, ...], num_blocks: int) -> list[int]:
 
 
 def _indices(values: object, cache: PagedCache) -> Tensor:
-    return torch.tensor(values, dtype=torch.long, device=cache.k_LKNPD.device)
+    return upload(values, cache.k_LKNPD.device, torch.long)

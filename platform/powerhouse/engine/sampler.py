@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from powerhouse.device import upload
+
 _RUN = 64
 
 
@@ -78,9 +80,9 @@ def sample(logits_BV: Tensor, rows: Sequence[RowSampling]) -> list[int]:
         greedy: list[int] = likeliest(logits_BV).tolist()
         return greedy
     probabilities_BV = _probabilities(logits_BV, rows)
-    uniform_B = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits_BV.device)
+    uniform_B = upload([row.uniform for row in rows], logits_BV.device, torch.float64)
     chosen = _invert(probabilities_BV, uniform_B)
-    is_greedy_B = torch.tensor([row.temperature == 0 for row in rows], device=logits_BV.device)
+    is_greedy_B = upload([row.temperature == 0 for row in rows], logits_BV.device)
     chosen_ids: list[int] = torch.where(is_greedy_B, likeliest(logits_BV), chosen).tolist()
     return chosen_ids
 
@@ -93,13 +95,14 @@ def distribution(logits_BV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
 
 def _probabilities(logits_BV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
     """Not normalised again after filtering."""
-    temperature_B1 = torch.tensor([row.temperature or 1.0 for row in rows], device=logits_BV.device)[:, None]
+    temperature_B1 = upload([row.temperature or 1.0 for row in rows], logits_BV.device)[:, None]
     # The largest logit is taken off before the division, which can then not overflow however low the temperature.
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     probabilities_BV = (shifted_BV / temperature_B1).softmax(-1).double()
     filtered = [i for i, row in enumerate(rows) if row.is_filtered]
     if filtered:
-        probabilities_BV[filtered] = _filter(probabilities_BV[filtered], [rows[i] for i in filtered])
+        filtered_F = upload(filtered, logits_BV.device)
+        probabilities_BV[filtered_F] = _filter(probabilities_BV[filtered_F], [rows[i] for i in filtered])
     return probabilities_BV
 
 
@@ -115,19 +118,19 @@ def _adjust_row(logits_V: Tensor, row: RowSampling) -> None:
     """In place, in vLLM's order: what is forbidden, biases, penalties."""
     if row.mask is not None:
         allowed = np.unpackbits(np.frombuffer(row.mask, dtype=np.uint8), bitorder="little")[: len(logits_V)]
-        logits_V.masked_fill_(torch.from_numpy(allowed == 0).to(logits_V.device), float("-inf"))
+        logits_V.masked_fill_(upload(allowed == 0, logits_V.device), float("-inf"))
     if row.bias:
         token_ids, values = zip(*row.bias, strict=True)
-        logits_V[list(token_ids)] += torch.tensor(values, device=logits_V.device)
+        logits_V[upload(token_ids, logits_V.device)] += upload(values, logits_V.device)
     if row.penalties is None:
         return
     repetition, presence, frequency, seen, written = row.penalties
     if repetition != 1:
-        seen_S = torch.tensor(seen, device=logits_V.device)
+        seen_S = upload(seen, logits_V.device)
         logits_S = logits_V[seen_S]
         logits_V[seen_S] = torch.where(logits_S > 0, logits_S / repetition, logits_S * repetition)
     if written:
-        ids_W, counts_W = torch.tensor(written, device=logits_V.device).T
+        ids_W, counts_W = upload(written, logits_V.device).T
         logits_V[ids_W] -= presence + frequency * counts_W
 
 
@@ -144,11 +147,9 @@ def likeliest(logits_BV: Tensor) -> Tensor:
 def _filter(probabilities_FV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
     """Set the probability of what min-p, top-k and then top-p leave out to 0; the likeliest token always stays."""
     vocab_size, device = probabilities_FV.shape[-1], probabilities_FV.device
-    top_k_F1 = torch.tensor([vocab_size if row.top_k is None else min(row.top_k, vocab_size) for row in rows], device=device)[
-        :, None
-    ]
-    top_p_F1 = torch.tensor([row.top_p for row in rows], dtype=torch.float64, device=device)[:, None]
-    min_p_F1 = torch.tensor([row.min_p for row in rows], dtype=torch.float64, device=device)[:, None]
+    top_k_F1 = upload([vocab_size if row.top_k is None else min(row.top_k, vocab_size) for row in rows], device)[:, None]
+    top_p_F1 = upload([row.top_p for row in rows], device, torch.float64)[:, None]
+    min_p_F1 = upload([row.min_p for row in rows], device, torch.float64)[:, None]
     sorted_FV, order_FV = probabilities_FV.sort(stable=True, dim=-1, descending=True)
     sorted_FV = sorted_FV.masked_fill(sorted_FV < min_p_F1 * sorted_FV[:, :1], 0.0)
     sorted_FV = sorted_FV.masked_fill(torch.arange(vocab_size, device=device) >= top_k_F1, 0.0)

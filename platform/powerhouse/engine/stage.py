@@ -91,7 +91,7 @@ class Stage:
         scored = self._score_prompts(batch, hidden_TC)
         if not batch.sampled_rows:
             return BatchResult([], [], scored)
-        logits_BV = self.decoder.project(hidden_TC[list(batch.sampled_rows)])
+        logits_BV = self.decoder.project(hidden_TC[upload(batch.sampled_rows, self.device)])
         token_ids = sample(logits_BV, batch.sampling)
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
         if asked := [(i, row.num_logprobs) for i, row in enumerate(batch.sampling) if row.num_logprobs is not None]:
