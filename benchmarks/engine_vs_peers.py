@@ -55,6 +55,7 @@ def contestants(arguments: argparse.Namespace, scratch: str) -> list[dict[str, A
             "int4": {"quantization": "int4"},
             "int8_dynamic": {"quantization": "int8_dynamic"},
             "bfloat16 compiled": {"dtype": "bfloat16", "compiles_decodes": True},
+            "int8 compiled": {"quantization": "int8", "compiles_decodes": True},
             "int8_dynamic compiled": {"quantization": "int8_dynamic", "compiles_decodes": True},
         }.items()
     ]

@@ -200,12 +200,6 @@ def _split(lengths: Sequence[tuple[int, int]], block_size: int, most: int) -> li
     return [sorted(group) for group in groups]
 
 
-def is_alike(batch: ForwardBatch, cache: PagedCache) -> bool:
-    """Whether decodes may attend as one group, each padded to the longest."""
-    lengths = [(len(table), i) for i, table in enumerate(batch.block_tables)]
-    return len(_split(lengths, cache.block_size, _SPLIT_DECODES)) == 1
-
-
 def pad(blocks: tuple[int, ...], num_blocks: int) -> list[int]:
     """A block table as long as another: what is beyond a context is never looked at."""
     return [*blocks, *[0] * (num_blocks - len(blocks))]

@@ -1,172 +1,197 @@
-"""Steps in which every request decodes, with blocks that torch.compile fuses: between two products of weights one loop or two.
+"""Steps in which every request decodes, on a CPU: what lies between the products of weights is native.cpp's.
 
-A step of few requests waits for memory and for the many small operations around its products; compiled, these are a fifth of
-the calls. One piece of code serves all blocks, and one more a single request: what differs between blocks is their tensors.
+A step of few requests waits for memory and for the many small operations around its products. Here these are four calls for a
+block; where all products are of 8-bit codes and a few rows they are native.cpp's too, and a step is one call.
 
-Shapes: B requests, S places in the blocks of the longest context, H query heads, K key/value heads, D head width, C model
-width, N slots of a head's pages, R = B x H.
+Shapes: T requests, C model width, H query heads, D head width, F width between gate and down, M pages of the longest context, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from ctypes import byref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from powerhouse.engine.attention import PagedAttention, PagedCache, is_alike, pad
+from powerhouse.engine import native
+from powerhouse.engine.adapters import AdaptedLinear
+from powerhouse.engine.attention import PagedAttention, PagedCache, pad
 from powerhouse.engine.batch import ForwardBatch
-from powerhouse.engine.fused import FusedDecoder
-from powerhouse.engine.kernels import first_slots
+from powerhouse.engine.formats import Codes, Int8DynamicLinear
+from powerhouse.engine.fused import FusedBlock, FusedDecoder, FusedNorm
 from powerhouse.errors import ConfigError
-from powerhouse.models.attention import PositionBias
-from powerhouse.models.layers import Rope
 
 _LOG = logging.getLogger(__name__)
-_TRIED_REQUESTS, _TRIED_TOKENS = (1, 8), 256
-"""Steps on which code is made: of a single request, and of several, whose number varies. Threads are shared out by these."""
-Run = Callable[[nn.Module, Tensor, "DecodeAttention", Rope], Tensor]
+_TRIED_TOKENS = 40
 _CLOSE = 0.02
 """Of the largest number: where activations are rounded, a last bit can tip a rounding."""
 
 
-@dataclass(frozen=True)
-class DecodeAttention:
-    """The `Attend` of one block in a step of one new token for each request: written so that it fuses."""
-
-    k_KND: Tensor
-    v_KND: Tensor
-    slots_B: Tensor
-    """Where new keys and values go."""
-    slots_BS: Tensor
-    """Where the keys of a context lie; anywhere after its end."""
-    places_RS: Tensor
-    """The same for each query head, in the pages of all key/value heads."""
-    positions_B: Tensor
-
-    def __call__(
-        self,
-        layer: int,
-        q_BHD: Tensor,
-        k_BKD: Tensor,
-        v_BKD: Tensor,
-        /,
-        *,
-        window: int | None,
-        bias: PositionBias | None = None,
-    ) -> Tensor:
-        self.k_KND.index_copy_(1, self.slots_B, k_BKD.transpose(0, 1))
-        self.v_KND.index_copy_(1, self.slots_B, v_BKD.transpose(0, 1))
-        (batch, num_heads, width), num_kv_heads = q_BHD.shape, len(self.k_KND)
-        q_BKG1D = q_BHD.reshape(batch, num_kv_heads, -1, 1, width)
-        k_BK1SD = self.k_KND[:, self.slots_BS].transpose(0, 1).unsqueeze(2)
-        scores_BKGS = (q_BKG1D * k_BK1SD).sum(-1) * width**-0.5
-        distance_BS = self.positions_B[:, None] - torch.arange(self.slots_BS.shape[1], device=q_BHD.device)
-        is_seen_BS = distance_BS >= 0 if window is None else (distance_BS >= 0) & (distance_BS < window)
-        weights_BKGS = scores_BKGS.masked_fill(~is_seen_BS[:, None, None], float("-inf")).softmax(-1)
-        out_RD = F.embedding_bag(
-            self.places_RS, self.v_KND.flatten(0, 1), mode="sum", per_sample_weights=weights_BKGS.flatten(0, 2)
-        )
-        return out_RD.view(batch, num_heads, width)
-
-
-def attends(cache: PagedCache, batch: ForwardBatch) -> Callable[[int], DecodeAttention]:
-    """Layer -> its attention in this batch of decodes."""
-    positions_B = torch.tensor(batch.positions)
-    num_blocks = max(map(len, batch.block_tables))
-    tables_BM = torch.tensor([pad(table, num_blocks) for table in batch.block_tables])
-    slots_BS = (tables_BM[:, :, None] * cache.block_size + torch.arange(cache.block_size)).flatten(1)
-    num_slots = cache.pages(cache.first_layer)[0].shape[1]
-    places_RS = (slots_BS[:, None] + first_slots(cache.heads, num_slots)).flatten(0, 1)
-    slots_B = torch.tensor(batch.slots)
-    return lambda layer: DecodeAttention(*cache.pages(layer), slots_B, slots_BS, places_RS, positions_B)
-
-
 class CompiledDecodes:
-    """The blocks of a stage, compiled when it starts, for the steps that only decode.
+    """The blocks of a stage for the steps that only decode, and its vocabulary.
 
     Raises:
-        ConfigError: not on this device, or there is no C++ compiler, or what it makes is wrong.
+        ConfigError: not on this device or in this precision, there is no C++ compiler, or what it makes is wrong.
     """
 
     def __init__(self, decoder: FusedDecoder, cache: PagedCache) -> None:
         if cache.k_LKNPD.device.type != "cpu":
             raise ConfigError("compiles_decodes: on a CPU only", got=str(cache.k_LKNPD.device), do="leave it out")
-        self._decoder, self._cache = decoder, cache
-        self._windows = {name: decoder.config.window(int(name)) for name in decoder.blocks}
-        self._runs: dict[tuple[bool, int | None], Run] = {}
-        for name in {window: name for name, window in self._windows.items()}.values():
-            for num in _TRIED_REQUESTS:
-                self._make(name, num)
+        if cache.k_LKNPD.dtype != torch.float32:
+            raise ConfigError("compiles_decodes: computes in float32", got=str(cache.k_LKNPD.dtype), do="leave it out")
+        self._decoder, self._cache, self._library = decoder, cache, native.load()
+        self._held: list[Tensor] = []
+        """What structures have the addresses of."""
+        self._shape = self._make_shape()
+        self._blocks = (native.Block * len(decoder.blocks))(*map(self._make_block, decoder.blocks))
+        blocks = [block for block in decoder.blocks.values() if isinstance(block, FusedBlock)]
+        self._most_rows = min(_most_rows(_products(block)) for block in blocks)
+        if decoder.is_last:
+            self._norm, self._lm_head = self._make_norm(decoder.norm), self._make_product(decoder.lm_head)
+            self._most_projected = _most_rows([decoder.lm_head])
+        self._check()
         _LOG.info("steps that only decode are compiled")
 
     def takes(self, batch: ForwardBatch) -> bool:
-        """Whether everyone decodes, has no adapter, and no context is so long that padding to it would cost too much."""
-        return batch.num_tokens == len(batch.query_lengths) and not batch.adapters and is_alike(batch, self._cache)
+        """Whether everyone decodes, without an adapter."""
+        return batch.num_tokens == len(batch.query_lengths) and not batch.adapters
 
-    def transform(self, x: Tensor, positions_B: Tensor, batch: ForwardBatch) -> Tensor:
-        """Ids [B] (first slice) or hidden states [B, C] to hidden states [B, C]."""
-        x, rope = self._decoder.enter(x, positions_B)
-        attend = attends(self._cache, batch)
-        for name, block in self._decoder.blocks.items():
-            x = self._runs[len(x) == 1, self._windows[name]](block, x, attend(int(name)), rope)
-        return x
+    def transform(self, x: Tensor, positions_T: Tensor, batch: ForwardBatch) -> Tensor:
+        """Ids [T] (first slice) or hidden states [T, C] to hidden states [T, C]."""
+        return self._run(self._decoder.embed_tokens(x).float() if self._decoder.is_first else x, positions_T, batch)
 
-    def _make(self, name: str, num: int) -> None:
-        """Have the code made, and hold its numbers against those of the plain block."""
-        decoder, cache, layer, window = self._decoder, self._cache, int(name), self._windows[name]
+    def _run(self, x_TC: Tensor, positions_T: Tensor, batch: ForwardBatch, part: slice = slice(None)) -> Tensor:
+        x_TC = x_TC.clone()  # native.cpp adds to it
+        num_pages = max(map(len, batch.block_tables))
+        tables_TM = torch.tensor([pad(table, num_pages) for table in batch.block_tables])
+        addresses = positions_T.data_ptr(), tables_TM.data_ptr()
+        step = native.Step(len(x_TC), num_pages, *addresses, torch.get_num_threads())
+        if len(x_TC) <= self._most_rows:
+            first, stop, _ = part.indices(len(self._blocks))
+            self._library.decode(byref(self._shape), byref(step), byref(self._blocks[first]), stop - first, x_TC.data_ptr())
+        else:
+            for block, made in zip(list(self._decoder.blocks.values())[part], self._blocks[part], strict=True):
+                self._run_block(block, made, step, x_TC)
+        return x_TC
+
+    def project(self, x_TC: Tensor) -> Tensor:
+        """The last hidden states to fp32 logits [T, V]."""
+        if len(x_TC) > self._most_projected:
+            return self._decoder.project(x_TC)
+        logits_TV = x_TC.new_empty(len(x_TC), self._lm_head.num_outputs)
+        normed_TC = self._normalise(self._norm, x_TC)
+        addresses = normed_TC.data_ptr(), logits_TV.data_ptr()
+        self._library.product(byref(self._lm_head), *addresses, len(x_TC), torch.get_num_threads())
+        return logits_TV
+
+    def _run_block(self, block: nn.Module, made: native.Block, step: native.Step, x_TC: Tensor) -> None:
+        """x_TC is changed."""
+        assert isinstance(block, FusedBlock), "a decoder is made of blocks"
+        qkv_TA = self._multiply(block.qkv_proj, self._normalise(made.input_norm, x_TC))
+        heads_TA = x_TC.new_empty(len(x_TC), block.shape.num_heads * block.shape.head_dim)
+        self._library.attend(byref(self._shape), byref(step), byref(made), qkv_TA.data_ptr(), heads_TA.data_ptr())
+        x_TC += self._multiply(block.o_proj, heads_TA)
+        gate_up_T2F = self._multiply(block.gate_up_proj, self._normalise(made.mlp_norm, x_TC))
+        x_TC += self._multiply(block.down_proj, self._gate(gate_up_T2F, step.num_threads))
+
+    def _multiply(self, linear: nn.Module, x_TI: Tensor) -> Tensor:
+        linear = linear.base if isinstance(linear, AdaptedLinear) else linear
+        if not isinstance(linear, Int8DynamicLinear):
+            out_TO: Tensor = linear(x_TI)
+            return out_TO
+        unit_TI, largest_T1 = torch.empty_like(x_TI), x_TI.new_empty(len(x_TI), 1)
+        self._library.unit(x_TI.data_ptr(), unit_TI.data_ptr(), largest_T1.data_ptr(), *x_TI.shape)
+        return linear.product(unit_TI, largest_T1)
+
+    def _normalise(self, norm: native.Norm, x_TC: Tensor) -> Tensor:
+        out_TC = torch.empty_like(x_TC)
+        self._library.norm(byref(norm), x_TC.data_ptr(), out_TC.data_ptr(), *x_TC.shape)
+        return out_TC
+
+    def _gate(self, gate_up_T2F: Tensor, num_threads: int) -> Tensor:
+        num_tokens, width = len(gate_up_T2F), gate_up_T2F.shape[1] // 2
+        out_TF = gate_up_T2F.new_empty(num_tokens, width)
+        self._library.gate(gate_up_T2F.data_ptr(), out_TF.data_ptr(), num_tokens, width, num_threads)
+        return out_TF
+
+    def _make_shape(self) -> native.Shape:
+        decoder, cache = self._decoder, self._cache
+        num_slots, head_width = cache.pages(cache.first_layer)[0].shape[1:]
+        tables = map(self._address, decoder.rope_table)
+        return native.Shape(decoder.config.hidden_size, *cache.heads, head_width, num_slots, cache.block_size, *tables)
+
+    def _make_block(self, name: str) -> native.Block:
+        block, layer = self._decoder.blocks[name], int(name)
+        assert isinstance(block, FusedBlock), "a decoder is made of blocks"
+        assert block.activation is nn.functional.silu, "a decoder of llama's kind"
+        norms = map(self._make_norm, (block.input_norm, block.mlp_norm, block.q_norm, block.k_norm))
+        products = map(self._make_product, _products(block))
+        pages = map(self._address, self._cache.pages(layer))
+        return native.Block(*norms, *products, *pages, self._decoder.config.window(layer) or 0)
+
+    def _make_norm(self, norm: FusedNorm | None) -> native.Norm:
+        return native.Norm(self._address(norm.weight_C), norm.eps) if norm else native.Norm()
+
+    def _make_product(self, linear: nn.Module) -> native.Product:
+        """Of nothing where the weights are not codes: torch multiplies by them then."""
+        codes = _codes(linear)
+        if codes is None:
+            return native.Product()
+        addresses = map(self._address, (codes.codes_OI, codes.scales_O, codes.bias_O))
+        num_outputs, num_inputs = codes.codes_OI.shape
+        return native.Product(*addresses, num_inputs, num_outputs, codes.levels)
+
+    def _address(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        assert tensor.is_contiguous(), "native.cpp knows no strides"
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def _check(self) -> None:
+        """Hold a block of each kind against the plain one, in a step of one request and in one of several."""
+        decoder, cache = self._decoder, self._cache
         generator = torch.Generator().manual_seed(0)
-        num_slots = cache.pages(layer)[0].shape[1]
-        num, longest = min(num, num_slots), min(_TRIED_TOKENS, decoder.num_positions)
-        positions, table = (longest - 1,) * num, (0,) * -(-longest // cache.block_size)
-        batch = ForwardBatch((0,) * num, positions, tuple(range(num)), (1,) * num, (table,) * num, (), ())
-        x_BC = torch.randn((num, decoder.config.hidden_size), generator=generator).to(decoder.dtype)
-        _, rope = decoder.enter(x_BC if not decoder.is_first else torch.zeros(num, dtype=torch.long), torch.tensor(positions))
-        for pages_KND in cache.pages(layer):
-            pages_KND[:, : cache.block_size].normal_(generator=generator)
-        attend = attends(cache, batch)(layer)
-        if num > 1:
-            for tensor in (x_BC, *rope, attend.slots_B, attend.slots_BS, attend.places_RS, attend.positions_B):
-                torch._dynamo.mark_dynamic(tensor, 0)
-        torch._dynamo.mark_dynamic(attend.slots_BS, 1)
-        torch._dynamo.mark_dynamic(attend.places_RS, 1)
-        try:
-            run = self._runs[num == 1, window] = _compile(window, decoder.blocks[name], x_BC, attend, rope)
-        except RuntimeError as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                "compiles_decodes: cannot be compiled", got=first, do="install a C++ compiler, g++, or leave it out"
-            ) from error
-        found_BC = run(decoder.blocks[name], x_BC, attend, rope)
-        plain_BC = decoder.blocks[name](x_BC, layer, PagedAttention(cache, batch), rope, window)
-        for pages_KND in cache.pages(layer):
-            pages_KND.zero_()
-        gap, largest = (found_BC - plain_BC).abs().max().item(), plain_BC.abs().max().item()
+        longest = min(_TRIED_TOKENS, decoder.num_positions, self._shape.num_slots)
+        tables = (tuple(range(-(-longest // cache.block_size))),)
+        for name in {decoder.config.window(int(name)): name for name in decoder.blocks}.values():
+            for pages_KND in cache.pages(int(name)):
+                pages_KND[:, :longest].normal_(generator=generator)
+            for num in (1, min(3, longest)):
+                positions = tuple(range(longest - num, longest))
+                batch = ForwardBatch((0,) * num, positions, positions, (1,) * num, tables * num, (), ())
+                x_TC = torch.randn((num, decoder.config.hidden_size), generator=generator)
+                self._check_block(name, x_TC, batch)
+            for pages_KND in cache.pages(int(name)):
+                pages_KND.zero_()
+
+    def _check_block(self, name: str, x_TC: Tensor, batch: ForwardBatch) -> None:
+        positions_T, window = torch.tensor(batch.positions), self._decoder.config.window(int(name))
+        rope = tuple(table_S1D[positions_T] for table_S1D in self._decoder.rope_table)
+        plain_TC = self._decoder.blocks[name](x_TC, int(name), PagedAttention(self._cache, batch), rope, window)
+        place = list(self._decoder.blocks).index(name)
+        gap = (self._run(x_TC, positions_T, batch, slice(place, place + 1)) - plain_TC).abs().max().item()
+        largest = plain_TC.abs().max().item()
         if not gap < _CLOSE * largest:
             raise ConfigError(
                 "compiles_decodes: wrong numbers here", got=f"off by {gap:.2g} of {largest:.2g}", do="leave it out"
             )
 
 
-def _compile(window: int | None, *arguments: Any) -> Run:
-    """The code of blocks of one model and steps of one kind. It has no guards: nothing else reaches it."""
+def _codes(linear: nn.Module) -> Codes | None:
+    """What a product is made of, beneath adapters that nobody in the batch has."""
+    base = linear.base if isinstance(linear, AdaptedLinear) else linear
+    codes: Codes | None = getattr(base, "codes", None)
+    return codes
 
-    def run(block: nn.Module, x_BC: Tensor, attend: DecodeAttention, rope: Rope) -> Tensor:
-        out_BC: Tensor = block(x_BC, 0, attend, rope, window)
-        return out_BC
 
-    options: dict[str, Any] = {
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-        "size_asserts": False,
-        "alignment_asserts": False,
-        "realize_reads_threshold": 1,  # rotated queries are computed once, and not again for each key
-    }
-    compiled: Any = torch.compile(run, fullgraph=True, options=options)
-    made = compiled.aot_compile((arguments, {}))
-    made.disable_guard_check()
-    fast: Run = made.fn
-    return fast
+def _products(block: FusedBlock) -> list[nn.Module]:
+    return [block.qkv_proj, block.o_proj, block.gate_up_proj, block.down_proj]
+
+
+def _most_rows(linears: Sequence[nn.Module]) -> int:
+    """Up to how many rows all of them are multiplied here."""
+    return min(codes.most_rows if codes else 0 for codes in map(_codes, linears))

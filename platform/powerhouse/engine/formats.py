@@ -15,15 +15,14 @@ What is stored and how it is multiplied, on the CPU (`_weight_*` and `quantized:
                   least; a row's result knows nothing of the other rows
 
 On a GPU: plain matrices, int8 as a product that `torch.compile` fuses with the conversion, int4 by tinygemm.
+Codes of 8 bits that a few rows are multiplied by as they lie go to native.cpp, where `compiles_decodes` is asked for.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import count
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +66,8 @@ def make_pack(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
     kind = kinds[config.quantization]
     if config.quantization is None and device.type == "cpu":
         kind = _float_kind(dtype)
+    if config.compiles_decodes and kind is Int8DynamicLinear:
+        return lambda linears: Int8DynamicLinear(*_join(linears), keeps_codes=True)
     return lambda linears: kind(*_join(linears))
 
 
@@ -102,69 +103,57 @@ class PlainLinear(nn.Module):
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
 
-class KernelLinear(nn.Module):
-    """A product whose packed weights `torch.compile` cannot look into: in what it compiles for a CPU it is one operation."""
+class Codes(NamedTuple):
+    """Weights of about codes x scales, for a product that reads them as they lie."""
 
-    def __init__(self, num_outputs: int) -> None:
-        super().__init__()
-        self.num_outputs = num_outputs
-        self._number = torch.tensor(next(_NUMBERS))
-        _KERNELS[int(self._number)] = self
-
-    def forward(self, x_TI: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and x_TI.device.type == "cpu":
-            out_TO: Tensor = torch.ops.powerhouse.kernel_linear(x_TI, self._number, self.num_outputs)
-            return out_TO
-        return self.product(x_TI)
-
-    def product(self, x_TI: Tensor) -> Tensor:
-        raise NotImplementedError
+    codes_OI: Tensor
+    """int8."""
+    scales_O: Tensor
+    bias_O: Tensor | None
+    levels: int
+    """Activations of a row are rounded to that many steps on both sides of 0."""
+    most_rows: int
+    """Up to which such a product is the fastest."""
 
 
-_NUMBERS = count()
-_KERNELS: WeakValueDictionary[int, KernelLinear] = WeakValueDictionary()
-"""Layers by the numbers under which compiled code names them: numbers, and not layers, can be its arguments."""
-_NAME = "powerhouse::kernel_linear"
-torch.library.define(_NAME, "(Tensor x_TI, Tensor number, SymInt num_outputs) -> Tensor")
-torch.library.impl(_NAME, "cpu", lambda x_TI, number, _: _KERNELS[number.item()].product(x_TI))
-torch.library.register_fake(_NAME, lambda x_TI, _, num_outputs: x_TI.new_empty(x_TI.shape[0], num_outputs))
-
-
-class OneDnnLinear(KernelLinear):
+class OneDnnLinear(nn.Module):
     """float32 in oneDNN's layout."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__(len(weight_OI))
+        super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
         self.bias_O = bias_O
 
-    def product(self, x_TI: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor) -> Tensor:
         out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self.packed, self.bias_O, "none", [], "")
         return out_TO
 
 
-class HalfLinear(KernelLinear):
+class HalfLinear(nn.Module):
     """16-bit weights, float32 activations."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__(len(weight_OI))
+        super().__init__()
         bias_O = None if bias_O is None else bias_O.float()
         self.packed = _fbgemm(lambda: torch.ops.quantized.linear_prepack_fp16(weight_OI.float(), bias_O))
 
-    def product(self, x_TI: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor) -> Tensor:
         out_TO: Tensor = _HALF_PRODUCT(x_TI, self.packed)
         return out_TO
 
 
-class Int8Linear(KernelLinear):
-    """int8 weights with a scale per output. On a GPU `torch.compile` fuses the conversion into the product."""
+class Int8Linear(nn.Module):
+    """int8 weights with a scale per output."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__(len(weight_OI))
+        super().__init__()
         self.codes_OI, scales_O = quantize_int8(weight_OI)
         self.scales_O, self.bias_O = scales_O.to(torch.bfloat16), bias_O
+        most = (2**31 - 1) // (127 * weight_OI.shape[1])  # of which a sum still fits into 32 bits
+        bias_O = None if bias_O is None else bias_O.float()
+        self.codes = Codes(self.codes_OI, self.scales_O.float(), bias_O, min(most, 2**15 - 1), _FEW_ROWS)
 
-    def product(self, x_TI: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor) -> Tensor:
         half_TI = x_TI.to(torch.bfloat16)
         if x_TI.device.type == "cpu" and len(x_TI) <= _FEW_ROWS:
             out_TO = torch._weight_int8pack_mm(half_TI, self.codes_OI, self.scales_O).to(x_TI.dtype)
@@ -173,11 +162,11 @@ class Int8Linear(KernelLinear):
         return out_TO if self.bias_O is None else out_TO + self.bias_O
 
 
-class Int4Linear(KernelLinear):
+class Int4Linear(nn.Module):
     """4-bit weights with a scale and an offset per group of inputs."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__(len(weight_OI))
+        super().__init__()
         codes_OI, grid_GO2 = quantize_int4(weight_OI)
         self.grid_GO2, self.bias_O = grid_GO2.to(torch.bfloat16), bias_O
         self.packed = self._packed(codes_OI)
@@ -188,20 +177,22 @@ class Int4Linear(KernelLinear):
         pairs = (codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).to(torch.uint8)
         return torch._convert_weight_to_int4pack(pairs, 8)
 
-    def product(self, x_TI: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor) -> Tensor:
         product = torch._weight_int4pack_mm_for_cpu if x_TI.device.type == "cpu" else torch._weight_int4pack_mm
         out_TO = product(x_TI.to(torch.bfloat16), self.packed, GROUP, self.grid_GO2).to(x_TI.dtype)
         return out_TO if self.bias_O is None else out_TO + self.bias_O
 
 
-class Int8DynamicLinear(KernelLinear):
+class Int8DynamicLinear(nn.Module):
     """7-bit weights with a scale per output, and activations rounded to 8 bits row by row."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__(len(weight_OI))
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, keeps_codes: bool = False) -> None:
+        """With `keeps_codes` the weights are also held as they are before FBGEMM packs them."""
+        super().__init__()
         codes_OI, scales_O = quantize_int8(weight_OI, _WEIGHT_LEVELS)
         zeros_O = torch.zeros(len(scales_O), dtype=torch.long)
-        self.bias_O = bias_O
+        self.bias_O = None if bias_O is None else bias_O.float()
+        self.codes = Codes(codes_OI, scales_O, self.bias_O, _LEVELS, 1) if keeps_codes else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch will drop the type of this argument, though not yet the kernel
             weight = torch._make_per_channel_quantized_tensor(codes_OI, scales_O.double(), zeros_O, 0)
@@ -210,13 +201,13 @@ class Int8DynamicLinear(KernelLinear):
     def forward(self, x_TI: Tensor) -> Tensor:
         x_TI = x_TI.float()
         largest_T1 = x_TI.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-        out_TO = super().forward(x_TI / largest_T1).mul_(largest_T1)
-        return out_TO if self.bias_O is None else out_TO + self.bias_O
+        return self.product(x_TI / largest_T1, largest_T1)
 
-    def product(self, x_TI: Tensor) -> Tensor:
-        """Of activations between -1 and 1."""
-        out_TO: Tensor = _INT8_PRODUCT(x_TI, 1 / _LEVELS, _LEVELS + 1, self.packed)
-        return out_TO
+    def product(self, unit_TI: Tensor, largest_T1: Tensor) -> Tensor:
+        """Of activations between -1 and 1, times the largest of each row."""
+        out_TO: Tensor = _INT8_PRODUCT(unit_TI, 1 / _LEVELS, _LEVELS + 1, self.packed)
+        out_TO.mul_(largest_T1)
+        return out_TO if self.bias_O is None else out_TO + self.bias_O
 
 
 def quantize_int8(weight_OI: Tensor, largest: int = 127) -> tuple[Tensor, Tensor]:

@@ -37,9 +37,10 @@ class FusedDecoder(nn.Module):
         if self.is_last:
             self.norm = FusedNorm(decoder.model.norm, dtype)
             self.lm_head = pack([decoder.lm_head])
-        self._cos_S1D, self._sin_S1D = self._rope_table(num_positions)
+        self.rope_table = self._make_rope_table(num_positions)
+        """By position, [S, 1, D] twice."""
 
-    def _rope_table(self, num_positions: int) -> Rope:
+    def _make_rope_table(self, num_positions: int) -> Rope:
         positions_S = torch.arange(num_positions, device=next(self.parameters()).device)
         config = self.config
         cos_SD, sin_SD = rope_angles(positions_S, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -56,7 +57,8 @@ class FusedDecoder(nn.Module):
         """What blocks are given of ids [T] (first slice) or hidden states [T, C]: hidden states and the angles."""
         if self.is_first:
             x = self.embed_tokens(x).to(self.dtype)
-        return x, (self._cos_S1D[positions_T], self._sin_S1D[positions_T])
+        cos_S1D, sin_S1D = self.rope_table
+        return x, (cos_S1D[positions_T], sin_S1D[positions_T])
 
     def project(self, x_TC: Tensor) -> Tensor:
         """The last hidden states to fp32 logits [T, V]."""

@@ -50,10 +50,12 @@ class Stage:
         num_blocks = config.num_blocks + is_graphed  # one more, for rows that are nobody's
         self._cache = PagedCache(decoder.config, decoder.layers, num_blocks, config.block_size, self.dtype, self.device)
         self.compiled: CompiledDecodes | CudaGraphs | None = None
+        self._project = self.decoder.project
         if is_graphed:
             self.compiled = CudaGraphs(self.decoder, self._cache, config)
         elif config.compiles_decodes:
             self.compiled = CompiledDecodes(self.decoder, self._cache)
+            self._project = self.compiled.project
 
     @classmethod
     def load(cls, directory: Path, config: EngineConfig, layers: range | None = None) -> Stage:
@@ -91,7 +93,7 @@ class Stage:
         scored = self._score_prompts(batch, hidden_TC)
         if not batch.sampled_rows:
             return BatchResult([], [], scored)
-        logits_BV = self.decoder.project(hidden_TC[upload(batch.sampled_rows, self.device)])
+        logits_BV = self._project(hidden_TC[upload(batch.sampled_rows, self.device)])
         token_ids = sample(logits_BV, batch.sampling)
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
         if asked := [(i, row.num_logprobs) for i, row in enumerate(batch.sampling) if row.num_logprobs is not None]:
