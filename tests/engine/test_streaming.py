@@ -58,6 +58,23 @@ async def until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
             await asyncio.sleep(0.005)
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int8_dynamic"])
+def test_compiled_decodes_say_in_the_loops_thread_what_they_say_outside_of_it(model: Path, quantization: str | None) -> None:
+    settings = CONFIG.model_copy(update={"compiles_decodes": True, "quantization": quantization})
+    prompts = ["Call me Ishmael.", "The quick brown fox", "It was"]
+
+    async def read_all(loop: EngineLoop) -> list[list[Output]]:
+        return [await read(loop, prompt) for prompt in prompts]
+
+    loop = EngineLoop(Engine.from_directory(model, settings))
+    try:
+        answers = ["".join(output.text for output in outputs) for outputs in asyncio.run(read_all(loop))]
+    finally:
+        loop.stop()
+    engine = Engine.from_directory(model, settings)
+    assert answers == [next(engine.generate([prompt], GREEDY)).text for prompt in prompts]
+
+
 def run(test: Awaitable[Any]) -> Any:
     async def main() -> Any:
         return await asyncio.wait_for(test, timeout=120)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,10 @@ def job(config: TrainingConfig, address: str, **variables: str) -> Iterator[subp
             process.wait()
 
 
+RAY_IS_SLOW = re.compile(r"[^\n]*Failed to send resource request.*?GetTimeoutError[^\n]*\n", re.DOTALL)
+"""Its own warning, with a traceback, where a busy processor keeps it waiting for five seconds."""
+
+
 def said(config: TrainingConfig) -> str:
     return (config.output.parent / "job.log").read_text()
 
@@ -160,7 +165,7 @@ def test_a_loss_that_is_no_number_is_one_error_of_all_workers_and_is_not_retried
     config = failed["lr"]
 
     assert said(config).count("error: step 1: the loss or its gradient is not a number") == 1
-    assert "Traceback" not in said(config)
+    assert "Traceback" not in RAY_IS_SLOW.sub("", said(config))
     assert starts(config) == [(0, 2)]
     assert num_done(config) == 1
     assert not (config.output / "manifest.json").exists()
