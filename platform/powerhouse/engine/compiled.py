@@ -98,7 +98,7 @@ class CompiledDecodes:
         x_TC += self._multiply(block.down_proj, self._gate(gate_up_T2F, step.num_threads))
 
     def _multiply(self, linear: nn.Module, x_TI: Tensor) -> Tensor:
-        linear = linear.base if isinstance(linear, AdaptedLinear) else linear
+        linear = _base(linear)
         if not isinstance(linear, Int8DynamicLinear):
             out_TO: Tensor = linear(x_TI)
             return out_TO
@@ -181,10 +181,13 @@ class CompiledDecodes:
             )
 
 
+def _base(linear: nn.Module) -> nn.Module:
+    """What lies beneath adapters, which nobody in the batch has."""
+    return linear.base if isinstance(linear, AdaptedLinear) else linear
+
+
 def _codes(linear: nn.Module) -> Codes | None:
-    """What a product is made of, beneath adapters that nobody in the batch has."""
-    base = linear.base if isinstance(linear, AdaptedLinear) else linear
-    codes: Codes | None = getattr(base, "codes", None)
+    codes: Codes | None = getattr(_base(linear), "codes", None)
     return codes
 
 
