@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from powerhouse.device import computes_bfloat16
 from powerhouse.engine import EngineConfig
 from powerhouse.engine.formats import GROUP, compute_dtype, make_pack, quantize_int4, quantize_int8
 from powerhouse.errors import ConfigError
@@ -41,7 +42,7 @@ def rounded(weight_OI: Tensor, settings: dict[str, str]) -> Tensor:
     [
         ({"dtype": "float32"}, 1e-6),
         ({"dtype": "float16"}, 1e-6),
-        ({"dtype": "bfloat16"}, 1e-2 if compute_dtype(torch.bfloat16, CPU) == torch.bfloat16 else 1e-6),
+        ({"dtype": "bfloat16"}, 1e-2 if computes_bfloat16("cpu") else 1e-6),
         ({"quantization": "int8"}, 1e-2),  # activations of 8 bits of mantissa
         ({"quantization": "int4"}, 1e-2),
         ({"quantization": "int8_dynamic"}, 1e-2),  # activations of 8 bits

@@ -6,8 +6,9 @@ What is stored and how it is multiplied, on the CPU (`_weight_*` and `quantized:
 
     float32       oneDNN's own blocked layout, made once
     float16       FBGEMM: weights in float16, products and sums in float32
-    bfloat16      bfloat16 where the CPU has instructions for it; elsewhere the rounded weights go FBGEMM's way, which keeps
-                  them as they are (below 6e-5 to 3e-8, float16's smallest step)
+    bfloat16      oneDNN's layout where the CPU has instructions for bfloat16, activations rounded to it, sums float32;
+                  elsewhere the rounded weights go FBGEMM's way, which keeps them as they are (below 6e-5 to 3e-8,
+                  float16's smallest step)
     int8          a scale per output, activations bfloat16, sums float32
     int4          a scale and an offset per G inputs and output, activations bfloat16
     int8_dynamic  7-bit weights with a scale per output, and each row of activations rounded to 8 bits by its own largest value:
@@ -49,10 +50,8 @@ Pack = Callable[[Linears], nn.Module]
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Type of activations and KV cache: on a CPU, float32 wherever 16 bits would not be computed in hardware."""
-    if device.type == "cuda" or (dtype == torch.bfloat16 and computes_bfloat16(device.type)):
-        return dtype
-    return torch.float32
+    """Type of activations and KV cache: on a CPU float32, which it has kernels for; products round what they read."""
+    return dtype if device.type == "cuda" else torch.float32
 
 
 def make_pack(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Pack:
@@ -74,9 +73,9 @@ def make_pack(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
 def _float_kind(dtype: torch.dtype) -> type[nn.Module]:
     if dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return OneDnnLinear
-    if dtype != torch.float32 and compute_dtype(dtype, torch.device("cpu")) == torch.float32:
-        return HalfLinear
-    return PlainLinear
+    if dtype == torch.bfloat16 and computes_bfloat16("cpu"):
+        return BFloat16Linear
+    return PlainLinear if dtype == torch.float32 else HalfLinear
 
 
 def _join(linears: Linears) -> tuple[Tensor, Tensor | None]:
@@ -142,6 +141,20 @@ class HalfLinear(nn.Module):
         return out_TO
 
 
+class BFloat16Linear(nn.Module):
+    """bfloat16 in oneDNN's layout, and activations rounded to it for the product."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI)
+        self.bias_O = None if bias_O is None else bias_O.float()
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        half_TO = torch.ops.mkldnn._linear_pointwise(x_TI.to(torch.bfloat16), self.packed, None, "none", [], "")
+        out_TO: Tensor = half_TO.float()
+        return out_TO if self.bias_O is None else out_TO.add_(self.bias_O)
+
+
 class Int8Linear(nn.Module):
     """int8 weights with a scale per output."""
 
@@ -158,7 +171,8 @@ class Int8Linear(nn.Module):
         if x_TI.device.type == "cpu" and len(x_TI) <= _FEW_ROWS:
             out_TO = torch._weight_int8pack_mm(half_TI, self.codes_OI, self.scales_O).to(x_TI.dtype)
         else:
-            out_TO = F.linear(half_TI.to(x_TI.dtype), self.codes_OI.to(x_TI.dtype)) * self.scales_O.to(x_TI.dtype)
+            dtype = torch.bfloat16 if x_TI.device.type == "cpu" and computes_bfloat16("cpu") else x_TI.dtype
+            out_TO = F.linear(half_TI.to(dtype), self.codes_OI.to(dtype)).to(x_TI.dtype) * self.scales_O.to(x_TI.dtype)
         return out_TO if self.bias_O is None else out_TO + self.bias_O
 
 
