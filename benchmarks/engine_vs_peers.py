@@ -56,7 +56,7 @@ def contestants(arguments: argparse.Namespace, scratch: str) -> list[dict[str, A
             "int8_dynamic": {"quantization": "int8_dynamic"},
             "bfloat16 compiled": {"dtype": "bfloat16", "compiles_decodes": True},
             "int8 compiled": {"quantization": "int8", "compiles_decodes": True},
-            "int8_dynamic compiled": {"quantization": "int8_dynamic", "compiles_decodes": True},
+            "int8_dynamic compiled": {"dtype": "bfloat16", "quantization": "int8_dynamic", "compiles_decodes": True},
         }.items()
     ]
     for dtype in ("bfloat16", "float32"):

@@ -18,7 +18,7 @@ from fakes import tiny_decoder, write_tiny_adapter, write_tiny_model
 from powerhouse.engine import Engine, EngineConfig, LocalRunner, SamplingParams, native
 from powerhouse.engine.batch import ForwardBatch
 from powerhouse.engine.compiled import CompiledDecodes
-from powerhouse.engine.formats import Codes, Int8Linear
+from powerhouse.engine.formats import Int8Linear
 from powerhouse.engine.stage import Stage
 from powerhouse.errors import ConfigError
 from powerhouse.models.adapters import LoRAConfig

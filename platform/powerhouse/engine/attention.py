@@ -42,7 +42,9 @@ class PagedCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        pages_dtype: torch.dtype | None = None,
     ) -> None:
+        """For activations of `dtype`; pages are of the same unless it is told."""
         shape = (len(layers), config.num_key_value_heads, num_blocks, block_size, config.head_dim)
         self.first_layer = layers.start
         self.num_kv_heads = config.num_key_value_heads
@@ -50,15 +52,16 @@ class PagedCache:
         self.block_size = block_size
         self.heads = config.num_attention_heads, config.num_key_value_heads
         self.kernel = choose_kernel(device, dtype, *self.heads, config.head_dim)
-        self.can_attend_in_place = can_attend_in_place(device, dtype, *self.heads, config.head_dim)
-        self.k_LKNPD = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_LKNPD = torch.zeros(shape, dtype=dtype, device=device)
+        self.dtype, pages_dtype = dtype, pages_dtype or dtype
+        self.can_attend_in_place = can_attend_in_place(device, pages_dtype, *self.heads, config.head_dim)
+        self.k_LKNPD = torch.zeros(shape, dtype=pages_dtype, device=device)
+        self.v_LKNPD = torch.zeros(shape, dtype=pages_dtype, device=device)
         self._pages = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in zip(self.k_LKNPD, self.v_LKNPD, strict=True)]
 
     def write(self, layer: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Put each token's key and value into its slot."""
         for pages_KND, new_TKD in zip(self.pages(layer), (k_TKD, v_TKD), strict=True):
-            pages_KND.index_copy_(1, slots_T, new_TKD.transpose(0, 1))
+            pages_KND.index_copy_(1, slots_T, new_TKD.transpose(0, 1).to(pages_KND.dtype))
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values where they lie, slot by slot: [K, N x P, D] twice."""
@@ -67,7 +70,7 @@ class PagedCache:
     def read(self, layer: int, blocks_M: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
         """The keys and values of blocks of B sequences, equally many each: [K, B, S, D] twice."""
         k, v = (
-            pages_LKNPD[layer - self.first_layer].flatten(2).index_select(1, blocks_M)
+            pages_LKNPD[layer - self.first_layer].flatten(2).index_select(1, blocks_M).to(self.dtype)
             for pages_LKNPD in (self.k_LKNPD, self.v_LKNPD)
         )
         shape = (self.num_kv_heads, num_sequences, -1, self.k_LKNPD.shape[-1])
@@ -170,7 +173,7 @@ class PagedAttention:
 
     def _reach(self, group: _Group, window: int | None) -> Reach:
         num_keys = len(group.blocks_M) // len(group.positions_BQ) * self._cache.block_size
-        return Reach(group.positions_BQ, num_keys, window, self._cache.num_groups, self._cache.k_LKNPD.dtype)
+        return Reach(group.positions_BQ, num_keys, window, self._cache.num_groups, self._cache.dtype)
 
 
 def _groups(batch: ForwardBatch, spans: Sequence[range], members: Sequence[int], cache: PagedCache) -> Iterator[_Group]:

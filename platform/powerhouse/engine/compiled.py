@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from ctypes import byref
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from powerhouse.engine import native
 from powerhouse.engine.adapters import AdaptedLinear
 from powerhouse.engine.attention import PagedAttention, PagedCache, pad
 from powerhouse.engine.batch import ForwardBatch
-from powerhouse.engine.formats import Codes, Int8DynamicLinear
+from powerhouse.engine.formats import Int8DynamicLinear
 from powerhouse.engine.fused import FusedBlock, FusedDecoder, FusedNorm
+from powerhouse.engine.native import Weights
 from powerhouse.errors import ConfigError
 
 _LOG = logging.getLogger(__name__)
@@ -40,8 +42,6 @@ class CompiledDecodes:
     def __init__(self, decoder: FusedDecoder, cache: PagedCache) -> None:
         if cache.k_LKNPD.device.type != "cpu":
             raise ConfigError("compiles_decodes: on a CPU only", got=str(cache.k_LKNPD.device), do="leave it out")
-        if cache.k_LKNPD.dtype != torch.float32:
-            raise ConfigError("compiles_decodes: computes in float32", got=str(cache.k_LKNPD.dtype), do="leave it out")
         self._decoder, self._cache, self._library = decoder, cache, native.load()
         self._held: list[Tensor] = []
         """What structures have the addresses of."""
@@ -50,14 +50,14 @@ class CompiledDecodes:
         blocks = [block for block in decoder.blocks.values() if isinstance(block, FusedBlock)]
         self._most_rows = min(_most_rows(_products(block)) for block in blocks)
         if decoder.is_last:
-            self._norm, self._lm_head = self._make_norm(decoder.norm), self._make_product(decoder.lm_head)
+            self._norm, self._projection = self._make_norm(decoder.norm), _weights(decoder.lm_head)
             self._most_projected = _most_rows([decoder.lm_head])
         self._check()
         _LOG.info("steps that only decode are compiled")
 
     def takes(self, batch: ForwardBatch) -> bool:
-        """Whether everyone decodes, without an adapter."""
-        return batch.num_tokens == len(batch.query_lengths) and not batch.adapters
+        """Whether nobody has an adapter."""
+        return not batch.adapters
 
     def transform(self, x: Tensor, positions_T: Tensor, batch: ForwardBatch) -> Tensor:
         """Ids [T] (first slice) or hidden states [T, C] to hidden states [T, C]."""
@@ -66,12 +66,13 @@ class CompiledDecodes:
     def _run(self, x_TC: Tensor, positions_T: Tensor, batch: ForwardBatch, part: slice = slice(None)) -> Tensor:
         x_TC = x_TC.clone()  # native.cpp adds to it
         num_pages = max(map(len, batch.block_tables))
-        tables_TM = torch.tensor([pad(table, num_pages) for table in batch.block_tables])
-        addresses = positions_T.data_ptr(), tables_TM.data_ptr()
-        step = native.Step(len(x_TC), num_pages, *addresses, torch.get_num_threads())
+        tables_NM = torch.tensor([pad(table, num_pages) for table in batch.block_tables])
+        starts_N = torch.tensor([0, *accumulate(batch.query_lengths)])
+        addresses = positions_T.data_ptr(), tables_NM.data_ptr(), starts_N.data_ptr()
+        step = native.Step(len(x_TC), len(tables_NM), num_pages, *addresses, torch.get_num_threads())
         if len(x_TC) <= self._most_rows:
             first, stop, _ = part.indices(len(self._blocks))
-            self._library.decode(byref(self._shape), byref(step), byref(self._blocks[first]), stop - first, x_TC.data_ptr())
+            self._library.run(byref(self._shape), byref(step), byref(self._blocks[first]), stop - first, x_TC.data_ptr())
         else:
             for block, made in zip(list(self._decoder.blocks.values())[part], self._blocks[part], strict=True):
                 self._run_block(block, made, step, x_TC)
@@ -81,11 +82,7 @@ class CompiledDecodes:
         """The last hidden states to fp32 logits [T, V]."""
         if len(x_TC) > self._most_projected:
             return self._decoder.project(x_TC)
-        logits_TV = x_TC.new_empty(len(x_TC), self._lm_head.num_outputs)
-        normed_TC = self._normalise(self._norm, x_TC)
-        addresses = normed_TC.data_ptr(), logits_TV.data_ptr()
-        self._library.product(byref(self._lm_head), *addresses, len(x_TC), torch.get_num_threads())
-        return logits_TV
+        return self._projection.multiply(self._normalise(self._norm, x_TC))
 
     def _run_block(self, block: nn.Module, made: native.Block, step: native.Step, x_TC: Tensor) -> None:
         """x_TC is changed."""
@@ -103,12 +100,12 @@ class CompiledDecodes:
             out_TO: Tensor = linear(x_TI)
             return out_TO
         unit_TI, largest_T1 = torch.empty_like(x_TI), x_TI.new_empty(len(x_TI), 1)
-        self._library.unit(x_TI.data_ptr(), unit_TI.data_ptr(), largest_T1.data_ptr(), *x_TI.shape)
+        self._library.unit(x_TI.data_ptr(), unit_TI.data_ptr(), largest_T1.data_ptr(), *x_TI.shape, torch.get_num_threads())
         return linear.product(unit_TI, largest_T1)
 
     def _normalise(self, norm: native.Norm, x_TC: Tensor) -> Tensor:
         out_TC = torch.empty_like(x_TC)
-        self._library.norm(byref(norm), x_TC.data_ptr(), out_TC.data_ptr(), *x_TC.shape)
+        self._library.norm(byref(norm), x_TC.data_ptr(), out_TC.data_ptr(), *x_TC.shape, torch.get_num_threads())
         return out_TC
 
     def _gate(self, gate_up_T2F: Tensor, num_threads: int) -> Tensor:
@@ -121,28 +118,20 @@ class CompiledDecodes:
         decoder, cache = self._decoder, self._cache
         num_slots, head_width = cache.pages(cache.first_layer)[0].shape[1:]
         tables = map(self._address, decoder.rope_table)
-        return native.Shape(decoder.config.hidden_size, *cache.heads, head_width, num_slots, cache.block_size, *tables)
+        sizes = decoder.config.hidden_size, *cache.heads, head_width, num_slots, cache.block_size
+        return native.Shape(*sizes, *tables, cache.k_LKNPD.itemsize)
 
     def _make_block(self, name: str) -> native.Block:
         block, layer = self._decoder.blocks[name], int(name)
         assert isinstance(block, FusedBlock), "a decoder is made of blocks"
         assert block.activation is nn.functional.silu, "a decoder of llama's kind"
         norms = map(self._make_norm, (block.input_norm, block.mlp_norm, block.q_norm, block.k_norm))
-        products = map(self._make_product, _products(block))
+        products = (weights.product if weights else native.Product() for weights in map(_weights, _products(block)))
         pages = map(self._address, self._cache.pages(layer))
         return native.Block(*norms, *products, *pages, self._decoder.config.window(layer) or 0)
 
     def _make_norm(self, norm: FusedNorm | None) -> native.Norm:
         return native.Norm(self._address(norm.weight_C), norm.eps) if norm else native.Norm()
-
-    def _make_product(self, linear: nn.Module) -> native.Product:
-        """Of nothing where the weights are not codes: torch multiplies by them then."""
-        codes = _codes(linear)
-        if codes is None:
-            return native.Product()
-        addresses = map(self._address, (codes.codes_OI, codes.scales_O, codes.bias_O))
-        num_outputs, num_inputs = codes.codes_OI.shape
-        return native.Product(*addresses, num_inputs, num_outputs, codes.levels)
 
     def _address(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -186,9 +175,9 @@ def _base(linear: nn.Module) -> nn.Module:
     return linear.base if isinstance(linear, AdaptedLinear) else linear
 
 
-def _codes(linear: nn.Module) -> Codes | None:
-    codes: Codes | None = getattr(_base(linear), "codes", None)
-    return codes
+def _weights(linear: nn.Module) -> Weights | None:
+    weights: Weights | None = getattr(_base(linear), "native", None)
+    return weights
 
 
 def _products(block: FusedBlock) -> list[nn.Module]:
@@ -197,4 +186,4 @@ def _products(block: FusedBlock) -> list[nn.Module]:
 
 def _most_rows(linears: Sequence[nn.Module]) -> int:
     """Up to how many rows all of them are multiplied here."""
-    return min(codes.most_rows if codes else 0 for codes in map(_codes, linears))
+    return min(weights.most_rows if weights else 0 for weights in map(_weights, linears))

@@ -23,13 +23,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from powerhouse.device import computes_bfloat16
+from powerhouse.engine import native
+from powerhouse.engine.native import Kind, Weights
 from powerhouse.engine.settings import EngineConfig
 from powerhouse.errors import ConfigError
 
@@ -45,13 +48,22 @@ _INT8_PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp3
 """Without torch's look for fakes among the arguments, which takes as long as a small product."""
 
 Linears = Sequence[nn.Linear]
+Make = Callable[[Tensor, Tensor | None], nn.Module]
+"""Weights [O, I] and biases [O] -> a layer."""
 Pack = Callable[[Linears], nn.Module]
 """Layers that read the same input -> one that gives their outputs side by side."""
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Type of activations and KV cache: on a CPU float32, which it has kernels for; products round what they read."""
+    """Type of activations: on a CPU float32, which it has kernels for; products round what they read."""
     return dtype if device.type == "cuda" else torch.float32
+
+
+def pages_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Type of the KV cache: that of activations; on a CPU only native.cpp reads another as fast."""
+    if config.compiles_decodes and dtype == torch.bfloat16:
+        return dtype
+    return compute_dtype(dtype, device)
 
 
 def make_pack(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Pack:
@@ -62,11 +74,11 @@ def make_pack(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
     if config.quantization and config.quantization not in kinds:
         allowed = ", ".join(kind for kind in kinds if kind)
         raise ConfigError(f"quantization: not on {device.type}", got=config.quantization, allowed=allowed)
-    kind = kinds[config.quantization]
+    kind: Make = kinds[config.quantization]
     if config.quantization is None and device.type == "cpu":
         kind = _float_kind(dtype)
-    if config.compiles_decodes and kind is Int8DynamicLinear:
-        return lambda linears: Int8DynamicLinear(*_join(linears), keeps_codes=True)
+    if config.compiles_decodes and device.type == "cpu":
+        kind = _native(kind)
     return lambda linears: kind(*_join(linears))
 
 
@@ -76,6 +88,16 @@ def _float_kind(dtype: torch.dtype) -> type[nn.Module]:
     if dtype == torch.bfloat16 and computes_bfloat16("cpu"):
         return BFloat16Linear
     return PlainLinear if dtype == torch.float32 else HalfLinear
+
+
+def _native(kind: Make) -> Make:
+    """What native.cpp multiplies by, where it has such a product here, in place of this kind."""
+    multiplies = native.load().multiplies
+    if kind is BFloat16Linear and multiplies(Kind.BFLOAT16):
+        return lambda weight_OI, bias_O: NativeLinear(Weights.bfloat16(weight_OI, bias_O))
+    if kind is Int8DynamicLinear and multiplies(Kind.INT8):
+        return lambda weight_OI, bias_O: NativeLinear(Weights.int8(*quantize_int8(weight_OI), bias_O))
+    return partial(Int8DynamicLinear, keeps_codes=True) if kind is Int8DynamicLinear else kind
 
 
 def _join(linears: Linears) -> tuple[Tensor, Tensor | None]:
@@ -102,17 +124,15 @@ class PlainLinear(nn.Module):
         return F.linear(x_TI, self.weight_OI, self.bias_O)
 
 
-class Codes(NamedTuple):
-    """Weights of about codes x scales, for a product that reads them as they lie."""
+class NativeLinear(nn.Module):
+    """What native.cpp multiplies by."""
 
-    codes_OI: Tensor
-    """int8."""
-    scales_O: Tensor
-    bias_O: Tensor | None
-    levels: int
-    """Activations of a row are rounded to that many steps on both sides of 0."""
-    most_rows: int
-    """Up to which such a product is the fastest."""
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.native = weights
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        return self.native.multiply(x_TI)
 
 
 class OneDnnLinear(nn.Module):
@@ -164,7 +184,8 @@ class Int8Linear(nn.Module):
         self.scales_O, self.bias_O = scales_O.to(torch.bfloat16), bias_O
         most = (2**31 - 1) // (127 * weight_OI.shape[1])  # of which a sum still fits into 32 bits
         bias_O = None if bias_O is None else bias_O.float()
-        self.codes = Codes(self.codes_OI, self.scales_O.float(), bias_O, min(most, 2**15 - 1), _FEW_ROWS)
+        outputs = {"scales_O": self.scales_O.float(), "bias_O": bias_O, "levels": min(most, 2**15 - 1)}
+        self.native = Weights(Kind.CODES, self.codes_OI, weight_OI.shape, **outputs, most_rows=_FEW_ROWS)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         half_TI = x_TI.to(torch.bfloat16)
@@ -201,12 +222,14 @@ class Int8DynamicLinear(nn.Module):
     """7-bit weights with a scale per output, and activations rounded to 8 bits row by row."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, *, keeps_codes: bool = False) -> None:
-        """With `keeps_codes` the weights are also held as they are before FBGEMM packs them."""
+        """With `keeps_codes` the weights are also held as native.cpp multiplies one row by them."""
         super().__init__()
         codes_OI, scales_O = quantize_int8(weight_OI, _WEIGHT_LEVELS)
         zeros_O = torch.zeros(len(scales_O), dtype=torch.long)
         self.bias_O = None if bias_O is None else bias_O.float()
-        self.codes = Codes(codes_OI, scales_O, self.bias_O, _LEVELS, 1) if keeps_codes else None
+        if keeps_codes:
+            outputs = {"scales_O": scales_O, "bias_O": self.bias_O, "levels": _LEVELS}
+            self.native = Weights(Kind.CODES, codes_OI, weight_OI.shape, **outputs, most_rows=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch will drop the type of this argument, though not yet the kernel
             weight = torch._make_per_channel_quantized_tensor(codes_OI, scales_O.double(), zeros_O, 0)

@@ -90,8 +90,7 @@ class GraphedAttention:
         assert bias is None, "no decoder that pages its cache has a position bias"
         cache = self._cache
         if window not in self._reaches:
-            dtype = cache.k_LKNPD.dtype
-            self._reaches[window] = Reach(self._positions_B1, self._num_keys, window, cache.num_groups, dtype)
+            self._reaches[window] = Reach(self._positions_B1, self._num_keys, window, cache.num_groups, cache.dtype)
         cache.write(layer, self._slots_B, k_BKD, v_BKD)
         k_KBSD, v_KBSD = cache.read(layer, self._blocks, len(q_BHD))
         return cache.kernel(q_BHD[:, None], k_KBSD, v_KBSD, self._reaches[window])[:, 0]

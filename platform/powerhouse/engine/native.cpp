@@ -1,23 +1,38 @@
-// What torch has no kernel for in a decoding step on a CPU, in float32: it is compiled where it runs, by engine/native.py.
+// What torch has no kernel for, or only many small ones, between the products of a decoder on a CPU, in float32: it is compiled
+// where it runs, by engine/native.py.
 //
-// Shapes: T tokens, one for each request; C model width, H query and K key/value heads of width D, I and O a product's width in
-// and out, F width between gate and down, N slots of a head's pages, P slots in a page, M pages of the longest context.
+// Shapes: T tokens of N sequences; C model width, H query and K key/value heads of width D, A = H + 2 K heads of queries, keys and
+// values, I and O a product's width in and out, F width between gate and down, S slots of a head's pages, P slots in a page, M
+// pages of the longest context.
 // Loops that must become vectors say so: a sum in any order is allowed there and nowhere else.
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 extern "C" {
 
-struct Product {  // weights of about codes x scales
-  const int8_t* codes_OI;
-  const float* scales_O;
-  const float* bias_O;  // or null
+enum Kind : int64_t {
+  NONE,      // numbers that torch multiplies
+  CODES,     // int8 [O, I], rows rounded to 16 bits
+  BFLOAT16,  // panels of pairs of bfloat16, rows rounded to bfloat16
+  INT8,      // panels of fours of int8, rows rounded to 8 bits
+};
+
+struct Product {  // weights of about numbers x scales
+  const void* weights;
+  const float *scales_O, *bias_O;  // or null
+  const int32_t* sums_O;           // of int8 in panels: 128 times the sum of an output's codes
   int64_t num_inputs, num_outputs;
-  int64_t levels;  // a row of inputs is rounded to that many steps on both sides of 0, by its largest
+  int64_t levels;  // codes: a row of inputs is rounded to that many steps on both sides of 0, by its largest
+  Kind kind;
 };
 
 struct Norm {
@@ -29,23 +44,66 @@ struct Block {
   Norm input_norm, mlp_norm;
   Norm q_norm, k_norm;  // null weights: none
   Product qkv_proj, o_proj, gate_up_proj, down_proj;
-  float *k_KND, *v_KND;
-  int64_t window;  // 0: none
+  uint8_t *keys, *values;  // pages [K, S, D]
+  int64_t window;          // 0: none
 };
 
 struct Shape {
   int64_t width, num_heads, num_kv_heads, head_width, num_slots, page_size;
-  const float *cos_SD, *sin_SD;  // by position; of the first half minus the sine
+  const float *cosines, *sines;  // by position [D]; of the first half minus the sine
+  int64_t number_bytes;          // in pages: float32 or bfloat16
 };
 
 struct Step {
-  int64_t num_tokens, num_pages;
-  const int64_t *positions_T, *tables_TM;
+  int64_t num_tokens, num_sequences, num_pages;
+  const int64_t *positions_T, *tables_NM;
+  const int64_t* starts_N;  // the first token of each sequence, and T
   int64_t num_threads;
 };
 }
 
 namespace {
+
+#ifdef __AVX512F__
+constexpr int64_t LANES = 16, ROWS = 8;
+#else
+constexpr int64_t LANES = 8, ROWS = 4;
+#endif
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+inline Vector load(const float* x) { return *(const Vector*)x; }
+
+inline void store(float* x, Vector values) { *(Vector*)x = values; }
+
+inline float sum_of(Vector x) {
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+  const Eight eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const Eight eight = x;
+#endif
+  const Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  return four[0] + four[1] + (four[2] + four[3]);
+}
+
+void widen_row(const uint16_t* half, int64_t size, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; i++) {
+    const uint32_t bits = (uint32_t)half[i] << 16;
+    __builtin_memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
+// To the nearest bfloat16, and of two as near to the even one.
+void narrow_row(const float* x, int64_t size, uint16_t* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; i++) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + i, sizeof bits);
+    out[i] = x[i] != x[i] ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+}
 
 // e^x to seven digits: 2^n e^r, by a polynomial that loops can hold many of.
 inline float exponential(float x) {
@@ -83,8 +141,47 @@ float largest_of(const float* x_I, int64_t size) {
   return largest + spoilt;
 }
 
+inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+struct Rows {  // what a product reads: numbers as its kind has them, times factors
+  Kind kind;
+  int64_t width, bytes;  // of a row
+  uint8_t* data;
+  float* factors_T;  // or null
+
+  Rows(const Product& product, float* room, float* factors_T)
+      : kind(product.kind), width(product.num_inputs), bytes(width * 4), data((uint8_t*)room), factors_T(kind == INT8 ? factors_T : nullptr) {
+    if (kind == BFLOAT16) bytes = round_up(width, 2) * 2;
+    if (kind == INT8) bytes = round_up(width, 4);
+  }
+  Rows(float* data, int64_t width) : kind(NONE), width(width), bytes(width * 4), data((uint8_t*)data), factors_T(nullptr) {}
+
+  // Where a row is computed before `write`.
+  float* target(int64_t t, std::vector<float>& room) const {
+    if (kind != BFLOAT16 && kind != INT8) return (float*)(data + t * bytes);
+    room.resize(width);
+    return room.data();
+  }
+
+  void write(int64_t t, const float* x) const {
+    if (kind == BFLOAT16) {
+      uint16_t* half = (uint16_t*)(data + t * bytes);
+      narrow_row(x, width, half);
+      std::fill(half + width, half + bytes / 2, 0);
+    }
+    if (kind == INT8) {
+      const float largest = largest_of(x, width), factor = 1 / largest;
+      uint8_t* codes = data + t * bytes;
+#pragma omp simd
+      for (int64_t i = 0; i < width; i++) codes[i] = (uint8_t)((int32_t)std::nearbyint(x[i] * factor * 127) + 128);
+      std::fill(codes + width, codes + bytes, 0);
+      factors_T[t] = largest / 127;
+    }
+  }
+};
+
 // The sum is of 32 bits: num_inputs x levels x the largest code are below 2^31.
-void multiply(const Product& product, const float* x_TI, float* out_TO, int64_t num_tokens, int64_t num_threads, bool adds) {
+void multiply_codes(const Product& product, const float* x_TI, float* out_TO, int64_t num_tokens, int64_t num_threads, bool adds) {
   const int64_t I = product.num_inputs, O = product.num_outputs;
   std::vector<int16_t> rounded_TI(num_tokens * I);
   std::vector<float> steps_T(num_tokens);
@@ -98,7 +195,7 @@ void multiply(const Product& product, const float* x_TI, float* out_TO, int64_t 
   }
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (int64_t o = 0; o < O; o++) {
-    const int8_t* codes_I = product.codes_OI + o * I;
+    const int8_t* codes_I = (const int8_t*)product.weights + o * I;
     for (int64_t t = 0; t < num_tokens; t++) {
       const int16_t* rounded_I = &rounded_TI[t * I];
       int32_t sum = 0;
@@ -109,92 +206,370 @@ void multiply(const Product& product, const float* x_TI, float* out_TO, int64_t 
   }
 }
 
-// Queries turn where they are; keys turn and go into their pages with the values.
-void place(const Shape& shape, const Step& step, const Block& block, float* qkv_TAD, int64_t t) {
-  const int64_t D = shape.head_width, position = step.positions_T[t];
-  const int64_t page = step.tables_TM[t * step.num_pages + position / shape.page_size];
-  const int64_t slot = page * shape.page_size + position % shape.page_size;
-  const float *cos_D = shape.cos_SD + position * D, *sin_D = shape.sin_SD + position * D;
-  float* x_AD = qkv_TAD + t * (shape.num_heads + 2 * shape.num_kv_heads) * D;
-  std::vector<float> before_D(D);
-  for (int64_t a = 0; a < shape.num_heads + shape.num_kv_heads; a++, x_AD += D) {
-    const bool is_query = a < shape.num_heads;
-    const Norm& norm = is_query ? block.q_norm : block.k_norm;
-    if (norm.weight)
-      normalise(norm, x_AD, before_D.data(), D);
-    else
-      std::copy_n(x_AD, D, before_D.data());
-    float* out_D = is_query ? x_AD : block.k_KND + ((a - shape.num_heads) * shape.num_slots + slot) * D;
-    for (int64_t d = 0; d < D; d++) out_D[d] = before_D[d] * cos_D[d] + before_D[(d + D / 2) % D] * sin_D[d];
+// Processors with AMX multiply several times as fast by it, as oneDNN does.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define HAS_BFLOAT16 1
+#else
+#define HAS_BFLOAT16 0
+#endif
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+#define HAS_INT8 1
+#else
+#define HAS_INT8 0
+#endif
+
+#if HAS_BFLOAT16 || HAS_INT8
+// A panel is PANEL outputs: for each 32 bits of a row of inputs, those of all its outputs side by side.
+constexpr int64_t PANEL = 32, PANEL_VECTORS = PANEL / 16, PANEL_ROWS = 8;
+
+#if HAS_BFLOAT16
+struct Pairs {
+  typedef __m512 Sum;
+  static Sum add(Sum sum, int32_t x, __m512i weights) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(x), (__m512bh)weights);
   }
-  for (int64_t k = 0; k < shape.num_kv_heads; k++, x_AD += D) std::copy_n(x_AD, D, block.v_KND + (k * shape.num_slots + slot) * D);
+  static __m512 finish(Sum sum, const Product&, int64_t) { return sum; }
+};
+#endif
+
+#if HAS_INT8
+struct Fours {
+  typedef __m512i Sum;
+  static Sum add(Sum sum, int32_t x, __m512i weights) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(x), weights); }
+  static __m512 finish(Sum sum, const Product& product, int64_t o) {
+    const __m512 scales = _mm512_loadu_ps(product.scales_O + o);
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_loadu_si512(product.sums_O + o))) * scales;
+  }
+};
+#endif
+
+// Some rows times one panel, whose first output is o. What belongs to outputs is as long as all panels.
+template <typename Numbers, int64_t R>
+inline void multiply_tile(const Product& product, const Rows& rows, int64_t t, int64_t o, float* out_TO, bool adds) {
+  const int64_t J = rows.bytes / 4, O = product.num_outputs;
+  const int32_t* x_RJ = (const int32_t*)(rows.data + t * rows.bytes);
+  const __m512i* weights = (const __m512i*)product.weights + o / 16 * J;
+  typename Numbers::Sum sums[R * PANEL_VECTORS] = {};
+  for (int64_t j = 0; j < J; j++)
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < R * PANEL_VECTORS; i++)
+      sums[i] = Numbers::add(sums[i], x_RJ[i / PANEL_VECTORS * J + j], weights[j * PANEL_VECTORS + i % PANEL_VECTORS]);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < R * PANEL_VECTORS; i++) {
+    const int64_t row = t + i / PANEL_VECTORS, first = o + i % PANEL_VECTORS * 16;
+    if (first >= O) continue;
+    const __mmask16 is_there = O - first < 16 ? (1 << (O - first)) - 1 : 0xffff;
+    float* out = out_TO + row * O + first;
+    __m512 sum = Numbers::finish(sums[i], product, first);
+    if (rows.factors_T) sum *= _mm512_set1_ps(rows.factors_T[row]);
+    if (product.bias_O) sum += _mm512_loadu_ps(product.bias_O + first);
+    if (adds) sum += _mm512_maskz_loadu_ps(is_there, out);
+    _mm512_mask_storeu_ps(out, is_there, sum);
+  }
 }
 
-// Calls visit(i, x) for the i-th key or value, at x, of those that a head of one request sees.
+template <typename Numbers>
+void multiply_panels(const Product& product, const Rows& rows, float* out_TO, int64_t num_tokens, int64_t num_threads, bool adds) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t o = 0; o < product.num_outputs; o += PANEL) {
+    int64_t t = 0;
+    for (; t + PANEL_ROWS <= num_tokens; t += PANEL_ROWS) multiply_tile<Numbers, PANEL_ROWS>(product, rows, t, o, out_TO, adds);
+    for (; t + 4 <= num_tokens; t += 4) multiply_tile<Numbers, 4>(product, rows, t, o, out_TO, adds);
+    for (; t < num_tokens; t++) multiply_tile<Numbers, 1>(product, rows, t, o, out_TO, adds);
+  }
+}
+#endif
+
+// What rows times weights are, or in sum with what is there.
+void multiply(const Product& product, const Rows& rows, float* out_TO, int64_t num_tokens, int64_t num_threads, bool adds) {
+  if (product.kind == CODES) multiply_codes(product, (const float*)rows.data, out_TO, num_tokens, num_threads, adds);
+#if HAS_BFLOAT16
+  if (product.kind == BFLOAT16) multiply_panels<Pairs>(product, rows, out_TO, num_tokens, num_threads, adds);
+#endif
+#if HAS_INT8
+  if (product.kind == INT8) multiply_panels<Fours>(product, rows, out_TO, num_tokens, num_threads, adds);
+#endif
+}
+
+void put_row(const Shape& shape, const float* x_D, uint8_t* pages, int64_t slot) {
+  uint8_t* out = pages + slot * shape.head_width * shape.number_bytes;
+  if (shape.number_bytes == 2)
+    narrow_row(x_D, shape.head_width, (uint16_t*)out);
+  else
+    std::copy_n(x_D, shape.head_width, (float*)out);
+}
+
+// Turns a token's queries into q_HD, and puts its key, turned, and its value into their pages.
+void place(const Shape& shape, const Step& step, const Block& block, const float* x_AD, int64_t t, int64_t n, float* q_HD) {
+  const int64_t H = shape.num_heads, K = shape.num_kv_heads, D = shape.head_width, half = D / 2, position = step.positions_T[t];
+  const int64_t page = step.tables_NM[n * step.num_pages + position / shape.page_size];
+  const int64_t slot = page * shape.page_size + position % shape.page_size;
+  const float *cos_D = shape.cosines + position * D, *sin_D = shape.sines + position * D;
+  std::vector<float> normed_D(D), turned_D(D);
+  for (int64_t a = 0; a < H + K; a++, x_AD += D) {
+    const Norm& norm = a < H ? block.q_norm : block.k_norm;
+    if (norm.weight) normalise(norm, x_AD, normed_D.data(), D);
+    const float* x_D = norm.weight ? normed_D.data() : x_AD;
+    float* out_D = a < H ? q_HD + a * D : turned_D.data();
+#pragma omp simd
+    for (int64_t d = 0; d < half; d++) out_D[d] = x_D[d] * cos_D[d] + x_D[d + half] * sin_D[d];
+#pragma omp simd
+    for (int64_t d = half; d < D; d++) out_D[d] = x_D[d] * cos_D[d] + x_D[d - half] * sin_D[d];
+    if (a >= H) put_row(shape, out_D, block.keys, (a - H) * shape.num_slots + slot);
+  }
+  for (int64_t k = 0; k < K; k++, x_AD += D) put_row(shape, x_AD, block.values, k * shape.num_slots + slot);
+}
+
+// Calls visit(i, x_PD, num) for the keys or values at the places first + i of a sequence and on, up to before `stop`, by pages.
 template <typename Visit>
-inline void each(const Shape& shape, const Step& step, const float* x_KND, int64_t t, int64_t h, int64_t first, Visit visit) {
-  const int64_t D = shape.head_width, P = shape.page_size, last = step.positions_T[t];
-  const float* x_ND = x_KND + h / (shape.num_heads / shape.num_kv_heads) * shape.num_slots * D;
-  for (int64_t m = first / P; m <= last / P; m++) {
-    const int64_t* page = step.tables_TM + t * step.num_pages + m;
-    const float *x_PD = x_ND + page[0] * P * D, *next_PD = x_ND + page[m < last / P] * P * D;
-    const int64_t stop = std::min(P, last + 1 - m * P);
-    for (int64_t p = std::max<int64_t>(0, first - m * P); p < stop; p++) {
-      for (int64_t d = 0; d < D; d += 16) __builtin_prefetch(next_PD + p * D + d);  // pages lie anywhere
-      visit(m * P + p - first, x_PD + p * D);
+inline void each_page(const Shape& shape, const int64_t* table_M, const uint8_t* pages, int64_t first, int64_t stop, Visit visit) {
+  const int64_t D = shape.head_width, P = shape.page_size, size = P * D * shape.number_bytes;
+  std::vector<float> room(shape.number_bytes == 2 ? P * D : 0);
+  for (int64_t m = first / P; m * P < stop; m++) {
+    const int64_t from = std::max<int64_t>(0, first - m * P), to = std::min(P, stop - m * P);
+    if ((m + 1) * P < stop)  // pages lie anywhere
+      for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(pages + table_M[m + 1] * size + i, 0, 2);
+    const uint8_t* x_PD = pages + table_M[m] * size + from * D * shape.number_bytes;
+    if (shape.number_bytes == 2) widen_row((const uint16_t*)x_PD, (to - from) * D, room.data());
+    visit(m * P + from - first, shape.number_bytes == 2 ? room.data() : (const float*)x_PD, to - from);
+  }
+}
+
+// Sums of vectors times numbers; of a width known to the compiler they stay in registers.
+template <int64_t WIDTH>
+inline void add_scaled(const float* weights_P, const float* x_PD, int64_t num, int64_t D, float* sums_D) {
+  if constexpr (WIDTH) {
+    Vector sums[WIDTH / LANES];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < WIDTH / LANES; i++) sums[i] = load(sums_D + i * LANES);
+    for (int64_t p = 0; p < num; p++)
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < WIDTH / LANES; i++) sums[i] += weights_P[p] * load(x_PD + p * WIDTH + i * LANES);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < WIDTH / LANES; i++) store(sums_D + i * LANES, sums[i]);
+  } else {
+    for (int64_t p = 0; p < num; p++)
+#pragma omp simd
+      for (int64_t d = 0; d < D; d++) sums_D[d] += weights_P[p] * x_PD[p * D + d];
+  }
+}
+
+template <int64_t WIDTH>
+inline float dot_of(const float* a_D, const float* b_D, int64_t D) {
+  if constexpr (!WIDTH) return dot(a_D, b_D, D);
+  Vector sum = {};
+#pragma GCC unroll 16
+  for (int64_t d = 0; d < WIDTH; d += LANES) sum += load(a_D + d) * load(b_D + d);
+  return sum_of(sum);
+}
+
+// softmax(q K^T / sqrt(D)) V of one query for heads that share keys and values, in its place.
+template <int64_t WIDTH>
+void attend_alone(
+    const Shape& shape, const int64_t* table_M, const uint8_t* keys, const uint8_t* values, int64_t first, int64_t stop, int64_t num_heads,
+    float* q_HD) {
+  const int64_t D = shape.head_width, J = stop - first;
+  const float scale = 1 / std::sqrt((float)D);
+  std::vector<float> weights_HJ(num_heads * J), sums_HD(num_heads * D);
+  each_page(shape, table_M, keys, first, stop, [&](int64_t j, const float* k_PD, int64_t num) {
+    for (int64_t h = 0; h < num_heads; h++)
+      for (int64_t p = 0; p < num; p++) weights_HJ[h * J + j + p] = dot_of<WIDTH>(q_HD + h * D, k_PD + p * D, D) * scale;
+  });
+  for (int64_t h = 0; h < num_heads; h++) {
+    float *weights_J = &weights_HJ[h * J], largest = -std::numeric_limits<float>::infinity(), total = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < J; j++) largest = std::max(largest, weights_J[j]);
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < J; j++) total += weights_J[j] = exponential(weights_J[j] - largest);
+#pragma omp simd
+    for (int64_t j = 0; j < J; j++) weights_J[j] /= total;
+  }
+  each_page(shape, table_M, values, first, stop, [&](int64_t j, const float* v_PD, int64_t num) {
+    for (int64_t h = 0; h < num_heads; h++) add_scaled<WIDTH>(&weights_HJ[h * J + j], v_PD, num, D, &sums_HD[h * D]);
+  });
+  std::copy(sums_HD.begin(), sums_HD.end(), q_HD);
+}
+
+constexpr int64_t VECTORS = 2, COLUMNS = LANES * VECTORS;  // with ROWS, of sums that registers hold
+constexpr int64_t QUERIES = 32, KEYS = 32;                 // of a tile
+
+// c_RN += a_RJ b_JN; R a whole number of ROWS, N of COLUMNS.
+void accumulate(const float* a_RJ, const float* b_JN, float* c_RN, int64_t R, int64_t J, int64_t N) {
+  for (int64_t r = 0; r < R; r += ROWS)
+    for (int64_t n = 0; n < N; n += COLUMNS) {
+      Vector sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < ROWS * VECTORS; i++)
+        sums[i / VECTORS][i % VECTORS] = load(c_RN + (r + i / VECTORS) * N + n + i % VECTORS * LANES);
+      for (int64_t j = 0; j < J; j++)
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < ROWS * VECTORS; i++)
+          sums[i / VECTORS][i % VECTORS] += a_RJ[(r + i / VECTORS) * J + j] * load(b_JN + j * N + n + i % VECTORS * LANES);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < ROWS * VECTORS; i++)
+        store(c_RN + (r + i / VECTORS) * N + n + i % VECTORS * LANES, sums[i / VECTORS][i % VECTORS]);
+    }
+}
+
+// The same for some queries of a sequence, of all the heads that share a key/value head: a part of the keys at a time, as
+// FlashAttention does (Dao et al. 2022), by products of small matrices. `positions_Q` are those of the queries at q_QHD.
+void attend_tile(
+    const Shape& shape, const int64_t* table_M, const uint8_t* keys, const uint8_t* values, int64_t window, const int64_t* positions_Q,
+    int64_t num_queries, float* q_QHD) {
+  const int64_t D = shape.head_width, G = shape.num_heads / shape.num_kv_heads, R = num_queries * G, V = round_up(D, COLUMNS);
+  const int64_t stop = positions_Q[num_queries - 1] + 1;
+  const float scale = 1 / std::sqrt((float)D);
+  std::vector<float> q_RD(round_up(R, ROWS) * D), scores_RJ(round_up(R, ROWS) * KEYS), out_RV(round_up(R, ROWS) * V);
+  std::vector<float> k_DJ(D * KEYS), v_JV(KEYS * V), largest_R(R, -std::numeric_limits<float>::infinity()), totals_R(R);
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t d = 0; d < D; d++) q_RD[r * D + d] = q_QHD[(r / G * shape.num_heads + r % G) * D + d] * scale;
+  for (int64_t first = window ? std::max<int64_t>(0, positions_Q[0] - window + 1) : 0; first < stop; first += KEYS) {
+    const int64_t end = std::min(stop, first + KEYS);
+    each_page(shape, table_M, keys, first, end, [&](int64_t j, const float* k_PD, int64_t num) {
+      for (int64_t p = 0; p < num; p++)
+        for (int64_t d = 0; d < D; d++) k_DJ[d * KEYS + j + p] = k_PD[p * D + d];
+    });
+    each_page(shape, table_M, values, first, end, [&](int64_t j, const float* v_PD, int64_t num) {
+      for (int64_t p = 0; p < num; p++) std::copy_n(v_PD + p * D, D, &v_JV[(j + p) * V]);
+    });
+    std::fill(scores_RJ.begin(), scores_RJ.end(), 0.0f);
+    accumulate(q_RD.data(), k_DJ.data(), scores_RJ.data(), round_up(R, ROWS), D, KEYS);
+    for (int64_t r = 0; r < R; r++) {
+      const int64_t position = positions_Q[r / G];
+      const int32_t seen_from = window ? std::clamp<int64_t>(position - window + 1 - first, 0, KEYS) : 0;
+      const int32_t seen_to = std::clamp<int64_t>(position + 1 - first, 0, KEYS);
+      float *scores_J = &scores_RJ[r * KEYS], largest = largest_R[r], total = 0;
+#pragma omp simd reduction(max : largest)
+      for (int32_t j = seen_from; j < seen_to; j++) largest = std::max(largest, scores_J[j]);
+      const float factor = exponential(largest_R[r] - largest);
+#pragma omp simd reduction(+ : total)
+      for (int32_t j = 0; j < KEYS; j++) {
+        const float weight = exponential(scores_J[j] - largest);
+        total += scores_J[j] = j >= seen_from && j < seen_to ? weight : 0;
+      }
+      totals_R[r] = totals_R[r] * factor + total;
+      largest_R[r] = largest;
+      for (int64_t v = 0; v < V; v++) out_RV[r * V + v] *= factor;
+    }
+    accumulate(scores_RJ.data(), v_JV.data(), out_RV.data(), round_up(R, ROWS), KEYS, V);
+  }
+  for (int64_t r = 0; r < R; r++)
+    for (int64_t d = 0; d < D; d++) q_QHD[(r / G * shape.num_heads + r % G) * D + d] = out_RV[r * V + d] / totals_R[r];
+}
+
+struct Task {  // queries of some heads that share keys and values
+  int64_t sequence, head, num_heads, first, num_queries;
+};
+
+// Heads that share keys and values stay together, which finds these in the processor's cache; or not, where there is too little else.
+std::vector<Task> share_out(const Shape& shape, const Step& step) {
+  const int64_t G = shape.num_heads / shape.num_kv_heads;
+  const int64_t together = step.num_sequences * shape.num_kv_heads < 4 * step.num_threads ? 1 : G;
+  std::vector<Task> tasks;
+  for (int64_t n = 0; n < step.num_sequences; n++) {
+    const int64_t start = step.starts_N[n], stop = step.starts_N[n + 1], num_heads = stop - start == 1 ? together : G;
+    for (int64_t h = 0; h < shape.num_heads; h += num_heads)
+      for (int64_t t = start; t < stop; t += QUERIES) tasks.push_back({n, h, num_heads, t, std::min(QUERIES, stop - t)});
+  }
+  return tasks;
+}
+// Of few rows one thread is as fast.
+inline int64_t threads_for(int64_t num_tokens, int64_t num_threads) { return num_tokens < 4 ? 1 : num_threads; }
+
+void normalise_rows(const Norm& norm, const float* x_TC, const Rows& out, int64_t num_tokens, int64_t num_threads) {
+#pragma omp parallel num_threads(threads_for(num_tokens, num_threads))
+  {
+    std::vector<float> room;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < num_tokens; t++) {
+      float* out_C = out.target(t, room);
+      normalise(norm, x_TC + t * out.width, out_C, out.width);
+      out.write(t, out_C);
     }
   }
 }
 
-// softmax(q K^T / sqrt(D)) V over the pages of one request, for one head; sums of a width known to the compiler stay in registers.
-template <int64_t WIDTH>
-void attend_head(const Shape& shape, const Step& step, const Block& block, const float* q_D, int64_t t, int64_t h, float* out_D) {
-  const int64_t D = WIDTH ? WIDTH : shape.head_width, last = step.positions_T[t];
-  const int64_t first = block.window ? std::max<int64_t>(0, last - block.window + 1) : 0;
-  const float scale = 1 / std::sqrt((float)D);
-  std::vector<float> weights(last - first + 1), sums(WIDTH ? 0 : D);
-  float largest = -std::numeric_limits<float>::infinity(), total = 0;
-  each(shape, step, block.k_KND, t, h, first, [&](int64_t i, const float* k_D) {
-    weights[i] = dot(q_D, k_D, D) * scale;
-    largest = std::max(largest, weights[i]);
-  });
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i <= last - first; i++) total += weights[i] = exponential(weights[i] - largest);
-  float registers[WIDTH ? WIDTH : 1] = {};
-  float* sums_D = WIDTH ? registers : sums.data();
-  each(shape, step, block.v_KND, t, h, first, [&](int64_t i, const float* v_D) {
+// silu(gate) x up.
+void gate_rows(const float* gate_up_T2F, const Rows& out, int64_t num_tokens, int64_t num_threads) {
+#pragma omp parallel num_threads(threads_for(num_tokens, num_threads))
+  {
+    std::vector<float> room;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < num_tokens; t++) {
+      const float *gate_F = gate_up_T2F + 2 * t * out.width, *up_F = gate_F + out.width;
+      float* out_F = out.target(t, room);
 #pragma omp simd
-    for (int64_t d = 0; d < D; d++) sums_D[d] += weights[i] * v_D[d];
-  });
-  for (int64_t d = 0; d < D; d++) out_D[d] = sums_D[d] / total;
+      for (int64_t f = 0; f < out.width; f++) out_F[f] = gate_F[f] / (1 + exponential(-gate_F[f])) * up_F[f];
+      out.write(t, out_F);
+    }
+  }
+}
+
+void attend_rows(const Shape& shape, const Step& step, const Block& block, const float* qkv_TAD, const Rows& out) {
+  const int64_t T = step.num_tokens, H = shape.num_heads, K = shape.num_kv_heads, D = shape.head_width;
+  const auto alone = D == 64 ? attend_alone<64> : D == 128 ? attend_alone<128> : attend_alone<0>;
+  const std::vector<Task> tasks = share_out(shape, step);
+  const std::unique_ptr<float[]> heads_THD(new float[T * H * D]);
+  std::vector<int64_t> sequences_T(T);
+  for (int64_t n = 0; n < step.num_sequences; n++)
+    std::fill(sequences_T.begin() + step.starts_N[n], sequences_T.begin() + step.starts_N[n + 1], n);
+#pragma omp parallel num_threads(step.num_threads)
+  {
+    std::vector<float> room;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < T; t++) place(shape, step, block, qkv_TAD + t * (H + 2 * K) * D, t, sequences_T[t], &heads_THD[t * H * D]);
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < tasks.size(); i++) {
+      const Task& task = tasks[i];
+      const int64_t* table_M = step.tables_NM + task.sequence * step.num_pages;
+      const int64_t offset = task.head / (H / K) * shape.num_slots * D * shape.number_bytes, last = step.positions_T[task.first];
+      const uint8_t *keys = block.keys + offset, *values = block.values + offset;
+      float* q_D = &heads_THD[(task.first * H + task.head) * D];
+      if (step.starts_N[task.sequence + 1] - step.starts_N[task.sequence] > 1) {
+        attend_tile(shape, table_M, keys, values, block.window, step.positions_T + task.first, task.num_queries, q_D);
+        continue;
+      }
+      const int64_t first = block.window ? std::max<int64_t>(0, last - block.window + 1) : 0;
+      alone(shape, table_M, keys, values, first, last + 1, task.num_heads, q_D);
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < T; t++) {
+      const float* heads_HD = &heads_THD[t * H * D];
+      if (float* out_HD = out.target(t, room); out_HD != room.data()) std::copy_n(heads_HD, H * D, out_HD);
+      out.write(t, heads_HD);
+    }
+  }
 }
 }  // namespace
 
 extern "C" {
 
-void norm(const Norm* norm, const float* x_TC, float* out_TC, int64_t num_tokens, int64_t width) {
-  for (int64_t t = 0; t < num_tokens; t++) normalise(*norm, x_TC + t * width, out_TC + t * width, width);
+// Whether products of a kind can be had here.
+bool multiplies(int64_t kind) { return kind == CODES || (kind == BFLOAT16 && HAS_BFLOAT16) || (kind == INT8 && HAS_INT8); }
+
+void norm(const Norm* norm, const float* x_TC, float* out_TC, int64_t num_tokens, int64_t width, int64_t num_threads) {
+  normalise_rows(*norm, x_TC, Rows(out_TC, width), num_tokens, num_threads);
 }
 
 void product(const Product* product, const float* x_TI, float* out_TO, int64_t num_tokens, int64_t num_threads) {
-  multiply(*product, x_TI, out_TO, num_tokens, num_threads, false);
+  const int64_t I = product->num_inputs;
+  const std::unique_ptr<float[]> room(new float[num_tokens * (I + 1)]);
+  const Rows rows(*product, room.get(), room.get() + num_tokens * I);
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t t = 0; t < num_tokens; t++) {
+    if (product->kind == CODES) std::copy_n(x_TI + t * I, I, (float*)rows.data + t * I);
+    rows.write(t, x_TI + t * I);
+  }
+  multiply(*product, rows, out_TO, num_tokens, num_threads, false);
 }
 
-// Changes queries where they are.
-void attend(const Shape* shape, const Step* step, const Block* block, float* qkv_TAD, float* out_THD) {
-  const int64_t T = step->num_tokens, H = shape->num_heads, D = shape->head_width, A = H + 2 * shape->num_kv_heads;
-  const auto attend_one = D == 64 ? attend_head<64> : D == 128 ? attend_head<128> : attend_head<0>;
-#pragma omp parallel num_threads(step->num_threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < T; t++) place(*shape, *step, *block, qkv_TAD, t);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < T * H; i++) attend_one(*shape, *step, *block, qkv_TAD + (i / H * A + i % H) * D, i / H, i % H, out_THD + i * D);
-  }
+void attend(const Shape* shape, const Step* step, const Block* block, const float* qkv_TAD, float* out_THD) {
+  attend_rows(*shape, *step, *block, qkv_TAD, Rows(out_THD, shape->num_heads * shape->head_width));
 }
 
 // Each row over its largest number, which is told too.
-void unit(const float* x_TI, float* out_TI, float* largest_T, int64_t num_tokens, int64_t width) {
+void unit(const float* x_TI, float* out_TI, float* largest_T, int64_t num_tokens, int64_t width, int64_t num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static)
   for (int64_t t = 0; t < num_tokens; t++) {
     const float *x_I = x_TI + t * width, largest = largest_of(x_I, width);
 #pragma omp simd
@@ -203,31 +578,27 @@ void unit(const float* x_TI, float* out_TI, float* largest_T, int64_t num_tokens
   }
 }
 
-// silu(gate) x up.
 void gate(const float* gate_up_T2F, float* out_TF, int64_t num_tokens, int64_t width, int64_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (int64_t t = 0; t < num_tokens; t++) {
-    const float *gate_F = gate_up_T2F + 2 * t * width, *up_F = gate_F + width;
-#pragma omp simd
-    for (int64_t f = 0; f < width; f++) out_TF[t * width + f] = gate_F[f] / (1 + exponential(-gate_F[f])) * up_F[f];
-  }
+  gate_rows(gate_up_T2F, Rows(out_TF, width), num_tokens, num_threads);
 }
 
-// All blocks of a stage, all of whose products are of codes; x_TC is changed.
-void decode(const Shape* shape, const Step* step, const Block* blocks, int64_t num_blocks, float* x_TC) {
-  const int64_t T = step->num_tokens, C = shape->width, num_threads = step->num_threads;
+// All blocks of a stage, all of whose products are of a kind that is here; x_TC is changed.
+void run(const Shape* shape, const Step* step, const Block* blocks, int64_t num_blocks, float* x_TC) {
+  const int64_t T = step->num_tokens, num_threads = step->num_threads;
   const int64_t most = std::max(blocks->qkv_proj.num_outputs, blocks->gate_up_proj.num_outputs);
-  const int64_t widest = std::max({C, blocks->o_proj.num_inputs, blocks->down_proj.num_inputs});
-  std::vector<float> in(T * widest), out(T * most);
+  const int64_t widest = std::max({shape->width, blocks->o_proj.num_inputs, blocks->down_proj.num_inputs});
+  const std::unique_ptr<float[]> room(new float[T * (widest + 1 + most)]);
+  float *factors_T = room.get() + T * widest, *out_TO = factors_T + T;
   for (const Block* block = blocks; block < blocks + num_blocks; block++) {
-    norm(&block->input_norm, x_TC, in.data(), T, C);
-    multiply(block->qkv_proj, in.data(), out.data(), T, num_threads, false);
-    attend(shape, step, block, out.data(), in.data());
-    multiply(block->o_proj, in.data(), x_TC, T, num_threads, true);
-    norm(&block->mlp_norm, x_TC, in.data(), T, C);
-    multiply(block->gate_up_proj, in.data(), out.data(), T, num_threads, false);
-    gate(out.data(), in.data(), T, block->down_proj.num_inputs, num_threads);
-    multiply(block->down_proj, in.data(), x_TC, T, num_threads, true);
+    const auto rows_of = [&](const Product& product) { return Rows(product, room.get(), factors_T); };
+    normalise_rows(block->input_norm, x_TC, rows_of(block->qkv_proj), T, num_threads);
+    multiply(block->qkv_proj, rows_of(block->qkv_proj), out_TO, T, num_threads, false);
+    attend_rows(*shape, *step, *block, out_TO, rows_of(block->o_proj));
+    multiply(block->o_proj, rows_of(block->o_proj), x_TC, T, num_threads, true);
+    normalise_rows(block->mlp_norm, x_TC, rows_of(block->gate_up_proj), T, num_threads);
+    multiply(block->gate_up_proj, rows_of(block->gate_up_proj), out_TO, T, num_threads, false);
+    gate_rows(out_TO, rows_of(block->down_proj), T, num_threads);
+    multiply(block->down_proj, rows_of(block->down_proj), x_TC, T, num_threads, true);
   }
 }
 }

@@ -8,22 +8,39 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from ctypes import CDLL, POINTER, Structure, c_float, c_int64, c_void_p
+import sys
+from ctypes import CDLL, POINTER, Structure, byref, c_bool, c_float, c_int64, c_void_p
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from powerhouse.errors import ConfigError
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+_PANEL = 32
 _FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC"
 """Not -ffast-math: linking with it has the whole process round the smallest numbers to 0."""
 
 
+class Kind(IntEnum):
+    """Of the numbers that a product's weights are."""
+
+    NONE = 0
+    """What torch multiplies."""
+    CODES = 1
+    BFLOAT16 = 2
+    INT8 = 3
+
+
 class Product(Structure):
     _fields_ = (
-        ("codes_OI", c_void_p), ("scales_O", c_void_p), ("bias_O", c_void_p),
-        ("num_inputs", c_int64), ("num_outputs", c_int64), ("levels", c_int64),
+        ("weights", c_void_p), ("scales_O", c_void_p), ("bias_O", c_void_p), ("sums_O", c_void_p),
+        ("num_inputs", c_int64), ("num_outputs", c_int64), ("levels", c_int64), ("kind", c_int64),
     )  # fmt: skip
 
 
@@ -35,31 +52,33 @@ class Block(Structure):
     _fields_ = (
         ("input_norm", Norm), ("mlp_norm", Norm), ("q_norm", Norm), ("k_norm", Norm),
         ("qkv_proj", Product), ("o_proj", Product), ("gate_up_proj", Product), ("down_proj", Product),
-        ("k_KND", c_void_p), ("v_KND", c_void_p), ("window", c_int64),
+        ("keys", c_void_p), ("values", c_void_p), ("window", c_int64),
     )  # fmt: skip
 
 
 class Shape(Structure):
     _fields_ = (
         ("width", c_int64), ("num_heads", c_int64), ("num_kv_heads", c_int64), ("head_width", c_int64),
-        ("num_slots", c_int64), ("page_size", c_int64), ("cos_SD", c_void_p), ("sin_SD", c_void_p),
+        ("num_slots", c_int64), ("page_size", c_int64), ("cosines", c_void_p), ("sines", c_void_p),
+        ("number_bytes", c_int64),
     )  # fmt: skip
 
 
 class Step(Structure):
     _fields_ = (
-        ("num_tokens", c_int64), ("num_pages", c_int64), ("positions_T", c_void_p), ("tables_TM", c_void_p),
-        ("num_threads", c_int64),
+        ("num_tokens", c_int64), ("num_sequences", c_int64), ("num_pages", c_int64),
+        ("positions_T", c_void_p), ("tables_NM", c_void_p), ("starts_N", c_void_p), ("num_threads", c_int64),
     )  # fmt: skip
 
 
 _FUNCTIONS = {
-    "norm": [POINTER(Norm), c_void_p, c_void_p, c_int64, c_int64],
+    "multiplies": [c_int64],
+    "norm": [POINTER(Norm), c_void_p, c_void_p, c_int64, c_int64, c_int64],
     "product": [POINTER(Product), c_void_p, c_void_p, c_int64, c_int64],
     "attend": [POINTER(Shape), POINTER(Step), POINTER(Block), c_void_p, c_void_p],
-    "unit": [c_void_p, c_void_p, c_void_p, c_int64, c_int64],
+    "unit": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64],
     "gate": [c_void_p, c_void_p, c_int64, c_int64, c_int64],
-    "decode": [POINTER(Shape), POINTER(Step), POINTER(Block), c_int64, c_void_p],
+    "run": [POINTER(Shape), POINTER(Step), POINTER(Block), c_int64, c_void_p],
 }
 
 
@@ -87,8 +106,62 @@ def load() -> CDLL:
         library = CDLL(str(path))
     for name, arguments in _FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, c_bool if name == "multiplies" else None
     return library
+
+
+class Weights:
+    """A layer's weights as native.cpp reads them."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        weights: Tensor,
+        shape: tuple[int, int],
+        *,
+        scales_O: Tensor | None = None,
+        bias_O: Tensor | None = None,
+        sums_O: Tensor | None = None,
+        levels: int = 0,
+        most_rows: int = sys.maxsize,
+    ) -> None:
+        """Of `shape` [O, I]; up to `most_rows` rows no other product is faster."""
+        held = weights, scales_O, bias_O, sums_O
+        assert all(tensor is None or tensor.is_contiguous() for tensor in held), "native.cpp knows no strides"
+        num_outputs, num_inputs = shape
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in held)
+        self.product = Product(*addresses, num_inputs, num_outputs, levels, kind)
+        self.most_rows, self.num_outputs, self._held = most_rows, num_outputs, held
+
+    @classmethod
+    def bfloat16(cls, weight_OI: Tensor, bias_O: Tensor | None) -> Weights:
+        return cls(Kind.BFLOAT16, _panels(weight_OI, 2), weight_OI.shape, bias_O=_padded(bias_O))
+
+    @classmethod
+    def int8(cls, codes_OI: Tensor, scales_O: Tensor, bias_O: Tensor | None) -> Weights:
+        sums_O = codes_OI.sum(1, dtype=torch.int32) * 128
+        outputs = {"scales_O": _padded(scales_O), "bias_O": _padded(bias_O), "sums_O": _padded(sums_O)}
+        return cls(Kind.INT8, _panels(codes_OI, 4), codes_OI.shape, **outputs)
+
+    def multiply(self, x_TI: Tensor) -> Tensor:
+        """float32 [T, I] to [T, O], biases included."""
+        x_TI = x_TI.contiguous()
+        out_TO = x_TI.new_empty(len(x_TI), self.num_outputs)
+        addresses = x_TI.data_ptr(), out_TO.data_ptr()
+        load().product(byref(self.product), *addresses, len(x_TI), torch.get_num_threads())
+        return out_TO
+
+
+def _panels(weight_OI: Tensor, num_together: int) -> Tensor:
+    """Outputs by PANEL, and of each panel, by inputs that lie in 32 bits, those of all its outputs side by side."""
+    num_outputs, num_inputs = weight_OI.shape
+    padding = (0, -num_inputs % num_together, 0, -num_outputs % _PANEL)
+    parts = F.pad(weight_OI, padding).unflatten(0, (-1, _PANEL)).unflatten(2, (-1, num_together))
+    return parts.transpose(1, 2).contiguous()
+
+
+def _padded(values_O: Tensor | None) -> Tensor | None:
+    return None if values_O is None else F.pad(values_O, (0, -len(values_O) % _PANEL))
 
 
 def _failed(compiler: str, reason: str) -> ConfigError:

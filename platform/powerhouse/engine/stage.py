@@ -17,7 +17,7 @@ from powerhouse.engine.adapters import AdaptedStage, load_adapters
 from powerhouse.engine.attention import PagedAttention, PagedCache
 from powerhouse.engine.batch import BatchResult, ForwardBatch
 from powerhouse.engine.compiled import CompiledDecodes
-from powerhouse.engine.formats import compute_dtype, make_pack
+from powerhouse.engine.formats import compute_dtype, make_pack, pages_dtype
 from powerhouse.engine.fused import FusedDecoder
 from powerhouse.engine.graphs import CudaGraphs
 from powerhouse.engine.logprobs import TokenLogprobs, score
@@ -48,7 +48,8 @@ class Stage:
         self.adapted = AdaptedStage(self.decoder, adapters) if adapters else None
         is_graphed = config.compiles_decodes and self.device.type == "cuda"
         num_blocks = config.num_blocks + is_graphed  # one more, for rows that are nobody's
-        self._cache = PagedCache(decoder.config, decoder.layers, num_blocks, config.block_size, self.dtype, self.device)
+        kinds = self.dtype, self.device, pages_dtype(config, weight.dtype, self.device)
+        self._cache = PagedCache(decoder.config, decoder.layers, num_blocks, config.block_size, *kinds)
         self.compiled: CompiledDecodes | CudaGraphs | None = None
         self._project = self.decoder.project
         if is_graphed:
