@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -70,6 +71,29 @@ constexpr int64_t LANES = 16, ROWS = 8;
 constexpr int64_t LANES = 8, ROWS = 4;
 #endif
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+// From the start of a cache line, so that no vector lies across two; filled only where it is told with what.
+class Floats {
+ public:
+  explicit Floats(int64_t size = 0) { resize(size); }
+  Floats(int64_t size, float value) : Floats(size) { std::fill_n(data(), size, value); }
+  void resize(int64_t size) {
+    if (size <= size_) return;
+    size_ = size;
+    floats_.reset((float*)std::aligned_alloc(64, round_up(size * sizeof(float), 64)));
+  }
+  float* data() { return floats_.get(); }
+  float& operator[](int64_t i) { return floats_[i]; }
+
+ private:
+  struct Free {
+    void operator()(float* x) const { std::free(x); }
+  };
+  int64_t size_ = 0;
+  std::unique_ptr<float[], Free> floats_;
+};
 
 inline Vector load(const float* x) { return *(const Vector*)x; }
 
@@ -141,8 +165,6 @@ float largest_of(const float* x_I, int64_t size) {
   return largest + spoilt;
 }
 
-inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
-
 struct Rows {  // what a product reads: numbers as its kind has them, times factors
   Kind kind;
   int64_t width, bytes;  // of a row
@@ -157,7 +179,7 @@ struct Rows {  // what a product reads: numbers as its kind has them, times fact
   Rows(float* data, int64_t width) : kind(NONE), width(width), bytes(width * 4), data((uint8_t*)data), factors_T(nullptr) {}
 
   // Where a row is computed before `write`.
-  float* target(int64_t t, std::vector<float>& room) const {
+  float* target(int64_t t, Floats& room) const {
     if (kind != BFLOAT16 && kind != INT8) return (float*)(data + t * bytes);
     room.resize(width);
     return room.data();
@@ -184,7 +206,7 @@ struct Rows {  // what a product reads: numbers as its kind has them, times fact
 void multiply_codes(const Product& product, const float* x_TI, float* out_TO, int64_t num_tokens, int64_t num_threads, bool adds) {
   const int64_t I = product.num_inputs, O = product.num_outputs;
   std::vector<int16_t> rounded_TI(num_tokens * I);
-  std::vector<float> steps_T(num_tokens);
+  Floats steps_T(num_tokens);
   for (int64_t t = 0; t < num_tokens; t++) {
     const float* x_I = x_TI + t * I;
     int16_t* rounded_I = &rounded_TI[t * I];
@@ -305,7 +327,7 @@ void place(const Shape& shape, const Step& step, const Block& block, const float
   const int64_t page = step.tables_NM[n * step.num_pages + position / shape.page_size];
   const int64_t slot = page * shape.page_size + position % shape.page_size;
   const float *cos_D = shape.cosines + position * D, *sin_D = shape.sines + position * D;
-  std::vector<float> normed_D(D), turned_D(D);
+  Floats normed_D(D), turned_D(D);
   for (int64_t a = 0; a < H + K; a++, x_AD += D) {
     const Norm& norm = a < H ? block.q_norm : block.k_norm;
     if (norm.weight) normalise(norm, x_AD, normed_D.data(), D);
@@ -324,7 +346,7 @@ void place(const Shape& shape, const Step& step, const Block& block, const float
 template <typename Visit>
 inline void each_page(const Shape& shape, const int64_t* table_M, const uint8_t* pages, int64_t first, int64_t stop, Visit visit) {
   const int64_t D = shape.head_width, P = shape.page_size, size = P * D * shape.number_bytes;
-  std::vector<float> room(shape.number_bytes == 2 ? P * D : 0);
+  Floats room(shape.number_bytes == 2 ? P * D : 0);
   for (int64_t m = first / P; m * P < stop; m++) {
     const int64_t from = std::max<int64_t>(0, first - m * P), to = std::min(P, stop - m * P);
     if ((m + 1) * P < stop)  // pages lie anywhere
@@ -370,7 +392,7 @@ void attend_alone(
     float* q_HD) {
   const int64_t D = shape.head_width, J = stop - first;
   const float scale = 1 / std::sqrt((float)D);
-  std::vector<float> weights_HJ(num_heads * J), sums_HD(num_heads * D);
+  Floats weights_HJ(num_heads * J), sums_HD(num_heads * D, 0.0f);
   each_page(shape, table_M, keys, first, stop, [&](int64_t j, const float* k_PD, int64_t num) {
     for (int64_t h = 0; h < num_heads; h++)
       for (int64_t p = 0; p < num; p++) weights_HJ[h * J + j + p] = dot_of<WIDTH>(q_HD + h * D, k_PD + p * D, D) * scale;
@@ -387,7 +409,7 @@ void attend_alone(
   each_page(shape, table_M, values, first, stop, [&](int64_t j, const float* v_PD, int64_t num) {
     for (int64_t h = 0; h < num_heads; h++) add_scaled<WIDTH>(&weights_HJ[h * J + j], v_PD, num, D, &sums_HD[h * D]);
   });
-  std::copy(sums_HD.begin(), sums_HD.end(), q_HD);
+  std::copy_n(sums_HD.data(), num_heads * D, q_HD);
 }
 
 constexpr int64_t VECTORS = 2, COLUMNS = LANES * VECTORS;  // with ROWS, of sums that registers hold
@@ -419,8 +441,8 @@ void attend_tile(
   const int64_t D = shape.head_width, G = shape.num_heads / shape.num_kv_heads, R = num_queries * G, V = round_up(D, COLUMNS);
   const int64_t stop = positions_Q[num_queries - 1] + 1;
   const float scale = 1 / std::sqrt((float)D);
-  std::vector<float> q_RD(round_up(R, ROWS) * D), scores_RJ(round_up(R, ROWS) * KEYS), out_RV(round_up(R, ROWS) * V);
-  std::vector<float> k_DJ(D * KEYS), v_JV(KEYS * V), largest_R(R, -std::numeric_limits<float>::infinity()), totals_R(R);
+  Floats q_RD(round_up(R, ROWS) * D, 0.0f), scores_RJ(round_up(R, ROWS) * KEYS), out_RV(round_up(R, ROWS) * V, 0.0f);
+  Floats k_DJ(D * KEYS, 0.0f), v_JV(KEYS * V, 0.0f), largest_R(R, -std::numeric_limits<float>::infinity()), totals_R(R, 0.0f);
   for (int64_t r = 0; r < R; r++)
     for (int64_t d = 0; d < D; d++) q_RD[r * D + d] = q_QHD[(r / G * shape.num_heads + r % G) * D + d] * scale;
   for (int64_t first = window ? std::max<int64_t>(0, positions_Q[0] - window + 1) : 0; first < stop; first += KEYS) {
@@ -432,7 +454,7 @@ void attend_tile(
     each_page(shape, table_M, values, first, end, [&](int64_t j, const float* v_PD, int64_t num) {
       for (int64_t p = 0; p < num; p++) std::copy_n(v_PD + p * D, D, &v_JV[(j + p) * V]);
     });
-    std::fill(scores_RJ.begin(), scores_RJ.end(), 0.0f);
+    std::fill_n(scores_RJ.data(), round_up(R, ROWS) * KEYS, 0.0f);
     accumulate(q_RD.data(), k_DJ.data(), scores_RJ.data(), round_up(R, ROWS), D, KEYS);
     for (int64_t r = 0; r < R; r++) {
       const int64_t position = positions_Q[r / G];
@@ -479,7 +501,7 @@ inline int64_t threads_for(int64_t num_tokens, int64_t num_threads) { return num
 void normalise_rows(const Norm& norm, const float* x_TC, const Rows& out, int64_t num_tokens, int64_t num_threads) {
 #pragma omp parallel num_threads(threads_for(num_tokens, num_threads))
   {
-    std::vector<float> room;
+    Floats room;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < num_tokens; t++) {
       float* out_C = out.target(t, room);
@@ -493,7 +515,7 @@ void normalise_rows(const Norm& norm, const float* x_TC, const Rows& out, int64_
 void gate_rows(const float* gate_up_T2F, const Rows& out, int64_t num_tokens, int64_t num_threads) {
 #pragma omp parallel num_threads(threads_for(num_tokens, num_threads))
   {
-    std::vector<float> room;
+    Floats room;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < num_tokens; t++) {
       const float *gate_F = gate_up_T2F + 2 * t * out.width, *up_F = gate_F + out.width;
@@ -509,13 +531,13 @@ void attend_rows(const Shape& shape, const Step& step, const Block& block, const
   const int64_t T = step.num_tokens, H = shape.num_heads, K = shape.num_kv_heads, D = shape.head_width;
   const auto alone = D == 64 ? attend_alone<64> : D == 128 ? attend_alone<128> : attend_alone<0>;
   const std::vector<Task> tasks = share_out(shape, step);
-  const std::unique_ptr<float[]> heads_THD(new float[T * H * D]);
+  Floats heads_THD(T * H * D);
   std::vector<int64_t> sequences_T(T);
   for (int64_t n = 0; n < step.num_sequences; n++)
     std::fill(sequences_T.begin() + step.starts_N[n], sequences_T.begin() + step.starts_N[n + 1], n);
 #pragma omp parallel num_threads(step.num_threads)
   {
-    std::vector<float> room;
+    Floats room;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < T; t++) place(shape, step, block, qkv_TAD + t * (H + 2 * K) * D, t, sequences_T[t], &heads_THD[t * H * D]);
 #pragma omp for schedule(dynamic)
@@ -553,8 +575,8 @@ void norm(const Norm* norm, const float* x_TC, float* out_TC, int64_t num_tokens
 
 void product(const Product* product, const float* x_TI, float* out_TO, int64_t num_tokens, int64_t num_threads) {
   const int64_t I = product->num_inputs;
-  const std::unique_ptr<float[]> room(new float[num_tokens * (I + 1)]);
-  const Rows rows(*product, room.get(), room.get() + num_tokens * I);
+  Floats room(num_tokens * I), factors_T(num_tokens);
+  const Rows rows(*product, room.data(), factors_T.data());
 #pragma omp parallel for num_threads(num_threads) schedule(static)
   for (int64_t t = 0; t < num_tokens; t++) {
     if (product->kind == CODES) std::copy_n(x_TI + t * I, I, (float*)rows.data + t * I);
@@ -587,10 +609,10 @@ void run(const Shape* shape, const Step* step, const Block* blocks, int64_t num_
   const int64_t T = step->num_tokens, num_threads = step->num_threads;
   const int64_t most = std::max(blocks->qkv_proj.num_outputs, blocks->gate_up_proj.num_outputs);
   const int64_t widest = std::max({shape->width, blocks->o_proj.num_inputs, blocks->down_proj.num_inputs});
-  const std::unique_ptr<float[]> room(new float[T * (widest + 1 + most)]);
-  float *factors_T = room.get() + T * widest, *out_TO = factors_T + T;
+  Floats room(T * widest), factors_T(T), out(T * most);
+  float* out_TO = out.data();
   for (const Block* block = blocks; block < blocks + num_blocks; block++) {
-    const auto rows_of = [&](const Product& product) { return Rows(product, room.get(), factors_T); };
+    const auto rows_of = [&](const Product& product) { return Rows(product, room.data(), factors_T.data()); };
     normalise_rows(block->input_norm, x_TC, rows_of(block->qkv_proj), T, num_threads);
     multiply(block->qkv_proj, rows_of(block->qkv_proj), out_TO, T, num_threads, false);
     attend_rows(*shape, *step, *block, out_TO, rows_of(block->o_proj));
