@@ -2,7 +2,7 @@
 
     python benchmarks/engine_gpu.py [--device cuda] [--shape llama-3.2-1b llama-3.1-8b] [--quantization int8]
 
-Random weights in bfloat16, contexts of 512 tokens; decodes plain and, on a GPU, captured in CUDA graphs (`compiles_decodes`).
+Random weights in bfloat16, contexts of 512 tokens; decodes plain and, on a GPU, captured in CUDA graphs (`compiles`).
 `bandwidth` is what one step has to read (weights once, keys and values of every context) over its time; `share` is that by the
 bandwidth of a copy within the device, measured in the same run (read and write counted). `first token ms` is one prompt of 512
 tokens, `ready s` what the stage took to start. `--device cpu --shape tiny` only shows that it runs.
@@ -90,12 +90,12 @@ def main() -> None:
     copied, rows = copy_bandwidth(device), []
     bits = {"int8": 8, "int4": 5, None: 8 * dtype.itemsize}[arguments.quantization]  # int4 with its scales and centres
     ways = {"plain": False, "captured": True} if arguments.device == "cuda" else {"plain": False}
-    for shape, (way, compiles_decodes) in product(arguments.shape, ways.items()):
+    for shape, (way, compiles) in product(arguments.shape, ways.items()):
         decoder = make_decoder(shape, device, dtype)
         config, num_weights = decoder.config, sum(p.numel() for p in decoder.parameters())
         kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT * dtype.itemsize
         settings = {"num_blocks": max(arguments.nums) * CONTEXT // BLOCK, "block_size": BLOCK, "device": arguments.device}
-        settings |= {"max_num_seqs": max(arguments.nums), "compiles_decodes": compiles_decodes}
+        settings |= {"max_num_seqs": max(arguments.nums), "compiles": compiles}
         settings |= {"quantization": arguments.quantization} if arguments.quantization else {}
         start_s = time.perf_counter()
         stage = Stage(decoder, EngineConfig.model_validate(settings), empties=True)

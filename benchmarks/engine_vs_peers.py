@@ -54,9 +54,9 @@ def contestants(arguments: argparse.Namespace, scratch: str) -> list[dict[str, A
             "int8": {"quantization": "int8"},
             "int4": {"quantization": "int4"},
             "int8_dynamic": {"quantization": "int8_dynamic"},
-            "bfloat16 compiled": {"dtype": "bfloat16", "compiles_decodes": True},
-            "int8 compiled": {"quantization": "int8", "compiles_decodes": True},
-            "int8_dynamic compiled": {"dtype": "bfloat16", "quantization": "int8_dynamic", "compiles_decodes": True},
+            "bfloat16 compiled": {"dtype": "bfloat16", "compiles": True},
+            "int8 compiled": {"quantization": "int8", "compiles": True},
+            "int8_dynamic compiled": {"dtype": "bfloat16", "quantization": "int8_dynamic", "compiles": True},
         }.items()
     ]
     for dtype in ("bfloat16", "float32"):

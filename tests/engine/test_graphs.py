@@ -280,9 +280,9 @@ def gpu_decoder() -> Decoder:
     return tiny_decoder(hidden_size=128, intermediate_size=256, head_dim=32, max_position_embeddings=512).to("cuda")
 
 
-def gpu_config(settings: dict[str, str], *, compiles_decodes: bool) -> EngineConfig:
+def gpu_config(settings: dict[str, str], *, compiles: bool) -> EngineConfig:
     shared = {"block_size": 16, "num_blocks": NUM_BLOCKS, "device": "cuda", "max_num_seqs": 6, "max_num_batched_tokens": 64}
-    return EngineConfig.model_validate(shared | settings | {"compiles_decodes": compiles_decodes})
+    return EngineConfig.model_validate(shared | settings | {"compiles": compiles})
 
 
 @pytest.mark.gpu
@@ -292,7 +292,7 @@ def test_what_is_replayed_is_what_the_plain_stage_computes(
     gpu_decoder: Decoder, settings: dict[str, str], close: float
 ) -> None:
     decoder = gpu_decoder.to(getattr(torch, settings["dtype"]))
-    graphed, plain = (Stage(decoder, gpu_config(settings, compiles_decodes=on)) for on in (True, False))
+    graphed, plain = (Stage(decoder, gpu_config(settings, compiles=on)) for on in (True, False))
     assert isinstance(graphed.compiled, CudaGraphs)
     for seed, lengths in enumerate([[9], [200], [3, 60], [1, 2, 30, 7, 0], [17] * 6, [140, 3, 1]]):
         batch = decodes(lengths, seed, block_size=16)
@@ -308,8 +308,8 @@ def test_what_is_replayed_is_what_the_plain_stage_computes(
 @pytest.mark.timeout(600)
 def test_a_gpus_answers_are_the_same_with_graphs(gpu_decoder: Decoder, tokenizer: Tokenizer) -> None:
     answers = []
-    for compiles_decodes in (True, False):
-        config = gpu_config({"dtype": "float32"}, compiles_decodes=compiles_decodes)
+    for compiles in (True, False):
+        config = gpu_config({"dtype": "float32"}, compiles=compiles)
         engine = Engine(gpu_decoder.config, tokenizer, config, LocalRunner(Stage(gpu_decoder, config)))
         params = SamplingParams(max_tokens=40, temperature=0.8, seed=1, ignore_eos=True)
         prompts = [[5, 6, 7], [8] * 90, [250, 3, 99, 4, 17, 2], [42]]

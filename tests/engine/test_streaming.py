@@ -60,7 +60,7 @@ async def until(is_so: Callable[[], bool], timeout_s: float = 60) -> None:
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int8_dynamic"])
 def test_compiled_decodes_say_in_the_loops_thread_what_they_say_outside_of_it(model: Path, quantization: str | None) -> None:
-    settings = CONFIG.model_copy(update={"compiles_decodes": True, "quantization": quantization})
+    settings = CONFIG.model_copy(update={"compiles": True, "quantization": quantization})
     prompts = ["Call me Ishmael.", "The quick brown fox", "It was"]
 
     async def read_all(loop: EngineLoop) -> list[list[Output]]:

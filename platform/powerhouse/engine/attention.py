@@ -58,10 +58,12 @@ class PagedCache:
         self.v_LKNPD = torch.zeros(shape, dtype=pages_dtype, device=device)
         self._pages = [(k.flatten(1, 2), v.flatten(1, 2)) for k, v in zip(self.k_LKNPD, self.v_LKNPD, strict=True)]
 
-    def write(self, layer: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
-        """Put each token's key and value into its slot."""
+    def write(self, layer: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Put each token's key and value into its slot, and return them as they are there."""
+        k_TKD, v_TKD = (new_TKD.to(self.k_LKNPD.dtype) for new_TKD in (k_TKD, v_TKD))
         for pages_KND, new_TKD in zip(self.pages(layer), (k_TKD, v_TKD), strict=True):
-            pages_KND.index_copy_(1, slots_T, new_TKD.transpose(0, 1).to(pages_KND.dtype))
+            pages_KND.index_copy_(1, slots_T, new_TKD.transpose(0, 1))
+        return k_TKD.to(self.dtype), v_TKD.to(self.dtype)
 
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values where they lie, slot by slot: [K, N x P, D] twice."""
@@ -147,7 +149,7 @@ class PagedAttention:
         if window not in self._reaches:
             self._reaches[window] = [self._reach(group, window) for group in self._groups]
             self._places[window] = [decodes.places(window, self._cache) for decodes in self._decodes]
-        self._cache.write(layer, self._slots_T, k_TKD, v_TKD)
+        k_TKD, v_TKD = self._cache.write(layer, self._slots_T, k_TKD, v_TKD)
         k_KND, v_KND = self._cache.pages(layer)
         if self._decodes and self._decodes[0].rows_R is None:
             return attend_in_place(q_THD, k_KND, v_KND, self._places[window][0])

@@ -1,10 +1,10 @@
-"""Steps in which every request decodes, on a CPU: what lies between the products of weights is native.cpp's.
+"""The blocks of a stage on a CPU, but for the products, are native.cpp's.
 
-A step of few requests waits for memory and for the many small operations around its products. Here these are four calls for a
-block; where all products are of 8-bit codes and a few rows they are native.cpp's too, and a step is one call.
+Between two products are many small operations; here they are four calls for a block. Where native.cpp has the products too, a
+step is one call.
 
-Shapes: T requests, C model width, H query heads, D head width, F width between gate and down, M pages of the longest context, V
-vocabulary.
+Shapes: T tokens of N sequences, C model width, H query heads, D head width, F width between gate and down, M pages of the
+longest context, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _CLOSE = 0.02
 """Of the largest number: where activations are rounded, a last bit can tip a rounding."""
 
 
-class CompiledDecodes:
-    """The blocks of a stage for the steps that only decode, and its vocabulary.
+class CompiledBlocks:
+    """The blocks of a stage, for those without an adapter, and its vocabulary.
 
     Raises:
         ConfigError: not on this device or in this precision, there is no C++ compiler, or what it makes is wrong.
@@ -41,7 +41,7 @@ class CompiledDecodes:
 
     def __init__(self, decoder: FusedDecoder, cache: PagedCache) -> None:
         if cache.k_LKNPD.device.type != "cpu":
-            raise ConfigError("compiles_decodes: on a CPU only", got=str(cache.k_LKNPD.device), do="leave it out")
+            raise ConfigError("compiles: on a CPU only", got=str(cache.k_LKNPD.device), do="leave it out")
         self._decoder, self._cache, self._library = decoder, cache, native.load()
         self._held: list[Tensor] = []
         """What structures have the addresses of."""
@@ -51,9 +51,8 @@ class CompiledDecodes:
         self._most_rows = min(_most_rows(_products(block)) for block in blocks)
         if decoder.is_last:
             self._norm, self._projection = self._make_norm(decoder.norm), _weights(decoder.lm_head)
-            self._most_projected = _most_rows([decoder.lm_head])
         self._check()
-        _LOG.info("steps that only decode are compiled")
+        _LOG.info("blocks are compiled")
 
     def takes(self, batch: ForwardBatch) -> bool:
         """Whether nobody has an adapter."""
@@ -80,7 +79,7 @@ class CompiledDecodes:
 
     def project(self, x_TC: Tensor) -> Tensor:
         """The last hidden states to fp32 logits [T, V]."""
-        if len(x_TC) > self._most_projected:
+        if not self._projection or len(x_TC) > self._projection.most_rows:
             return self._decoder.project(x_TC)
         return self._projection.multiply(self._normalise(self._norm, x_TC))
 
@@ -141,7 +140,7 @@ class CompiledDecodes:
         return tensor.data_ptr()
 
     def _check(self) -> None:
-        """Hold a block of each kind against the plain one, in a step of one request and in one of several."""
+        """Hold a block of each kind against the plain one: one request that decodes, several, and a chunk of a prompt."""
         decoder, cache = self._decoder, self._cache
         generator = torch.Generator().manual_seed(0)
         longest = min(_TRIED_TOKENS, decoder.num_positions, self._shape.num_slots)
@@ -149,9 +148,10 @@ class CompiledDecodes:
         for name in {decoder.config.window(int(name)): name for name in decoder.blocks}.values():
             for pages_KND in cache.pages(int(name)):
                 pages_KND[:, :longest].normal_(generator=generator)
-            for num in (1, min(3, longest)):
+            for num, is_chunk in ((1, False), (min(3, longest), False), (min(3, longest), True)):
                 positions = tuple(range(longest - num, longest))
-                batch = ForwardBatch((0,) * num, positions, positions, (1,) * num, tables * num, (), ())
+                lengths = (num,) if is_chunk else (1,) * num
+                batch = ForwardBatch((0,) * num, positions, positions, lengths, tables * len(lengths), (), ())
                 x_TC = torch.randn((num, decoder.config.hidden_size), generator=generator)
                 self._check_block(name, x_TC, batch)
             for pages_KND in cache.pages(int(name)):
@@ -165,9 +165,7 @@ class CompiledDecodes:
         gap = (self._run(x_TC, positions_T, batch, slice(place, place + 1)) - plain_TC).abs().max().item()
         largest = plain_TC.abs().max().item()
         if not gap < _CLOSE * largest:
-            raise ConfigError(
-                "compiles_decodes: wrong numbers here", got=f"off by {gap:.2g} of {largest:.2g}", do="leave it out"
-            )
+            raise ConfigError("compiles: wrong numbers here", got=f"off by {gap:.2g} of {largest:.2g}", do="leave it out")
 
 
 def _base(linear: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from powerhouse.device import choose_device
 from powerhouse.engine.batch import ForwardBatch
 from powerhouse.engine.settings import EngineConfig
 from powerhouse.engine.stage import Stage
@@ -57,13 +58,14 @@ def measure_head(directory: Path, config: EngineConfig) -> float:
     decodes, with the cache half full, and a prompt is computed beside them.
     """
     num_layers = read_config(directory).num_hidden_layers
-    plain = config.model_copy(update={"compiles_decodes": False})  # a batch with a prompt never runs what is compiled
-    stage = Stage.load(directory, plain, range(num_layers - 1, num_layers))
+    if choose_device(config.device).type == "cuda":  # a batch with a prompt never runs what is captured
+        config = config.model_copy(update={"compiles": False})
+    stage = Stage.load(directory, config, range(num_layers - 1, num_layers))
     longest = min(config.max_model_len or math.inf, stage.decoder.config.max_position_embeddings)
     num_decodes = -(-config.max_num_seqs // config.num_stages)
     batch = _batch(config, num_decodes, int(longest))
     hidden_TC = torch.zeros(batch.num_tokens, stage.width, dtype=stage.dtype, device=stage.device)
-    head_s = _fastest(lambda: stage.decoder.project(hidden_TC[:num_decodes]))
+    head_s = _fastest(lambda: stage.project(hidden_TC[:num_decodes]))
     return head_s / _fastest(lambda: stage.forward(batch, hidden_TC))
 
 

@@ -16,7 +16,7 @@ What is stored and how it is multiplied, on the CPU (`_weight_*` and `quantized:
                   least; a row's result knows nothing of the other rows
 
 On a GPU: plain matrices, int8 as a product that `torch.compile` fuses with the conversion, int4 by tinygemm.
-Codes of 8 bits that a few rows are multiplied by as they lie go to native.cpp, where `compiles_decodes` is asked for.
+Codes of 8 bits that a few rows are multiplied by as they lie go to native.cpp, where `compiles` is asked for.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def pages_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Type of the KV cache: that of activations; on a CPU only native.cpp reads another as fast."""
-    if config.compiles_decodes and dtype == torch.bfloat16:
+    if config.compiles and dtype == torch.bfloat16:
         return dtype
     return compute_dtype(dtype, device)
 
@@ -77,7 +77,7 @@ def make_pack(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
     kind: Make = kinds[config.quantization]
     if config.quantization is None and device.type == "cpu":
         kind = _float_kind(dtype)
-    if config.compiles_decodes and device.type == "cpu":
+    if config.compiles and device.type == "cpu":
         kind = _native(kind)
     return lambda linears: kind(*_join(linears))
 
@@ -92,10 +92,9 @@ def _float_kind(dtype: torch.dtype) -> type[nn.Module]:
 
 def _native(kind: Make) -> Make:
     """What native.cpp multiplies by, where it has such a product here, in place of this kind."""
-    multiplies = native.load().multiplies
-    if kind is BFloat16Linear and multiplies(Kind.BFLOAT16):
+    if kind is BFloat16Linear and native.multiplies(Kind.BFLOAT16):
         return lambda weight_OI, bias_O: NativeLinear(Weights.bfloat16(weight_OI, bias_O))
-    if kind is Int8DynamicLinear and multiplies(Kind.INT8):
+    if kind is Int8DynamicLinear and native.multiplies(Kind.INT8):
         return lambda weight_OI, bias_O: NativeLinear(Weights.int8(*quantize_int8(weight_OI), bias_O))
     return partial(Int8DynamicLinear, keeps_codes=True) if kind is Int8DynamicLinear else kind
 
@@ -184,8 +183,8 @@ class Int8Linear(nn.Module):
         self.scales_O, self.bias_O = scales_O.to(torch.bfloat16), bias_O
         most = (2**31 - 1) // (127 * weight_OI.shape[1])  # of which a sum still fits into 32 bits
         bias_O = None if bias_O is None else bias_O.float()
-        outputs = {"scales_O": self.scales_O.float(), "bias_O": bias_O, "levels": min(most, 2**15 - 1)}
-        self.native = Weights(Kind.CODES, self.codes_OI, weight_OI.shape, **outputs, most_rows=_FEW_ROWS)
+        levels, scales_O = min(most, 2**15 - 1), self.scales_O.float()
+        self.native = Weights.codes(self.codes_OI, scales_O, bias_O, levels=levels, most_rows=_FEW_ROWS)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         half_TI = x_TI.to(torch.bfloat16)
@@ -228,8 +227,7 @@ class Int8DynamicLinear(nn.Module):
         zeros_O = torch.zeros(len(scales_O), dtype=torch.long)
         self.bias_O = None if bias_O is None else bias_O.float()
         if keeps_codes:
-            outputs = {"scales_O": scales_O, "bias_O": self.bias_O, "levels": _LEVELS}
-            self.native = Weights(Kind.CODES, codes_OI, weight_OI.shape, **outputs, most_rows=1)
+            self.native = Weights.codes(codes_OI, scales_O, self.bias_O, levels=_LEVELS, most_rows=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch will drop the type of this argument, though not yet the kernel
             weight = torch._make_per_channel_quantized_tensor(codes_OI, scales_O.double(), zeros_O, 0)

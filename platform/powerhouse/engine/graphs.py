@@ -181,7 +181,7 @@ class CudaGraphs:
                 graphs[shape] = inputs, capture(partial(self._run, inputs))
         except RuntimeError as error:
             do = "lower max_num_seqs, num_blocks or max_model_len, or leave it out"
-            raise ConfigError("compiles_decodes: cannot be captured", got=_first_line(error), do=do) from error
+            raise ConfigError("compiles: cannot be captured", got=_first_line(error), do=do) from error
         return graphs
 
     def _try(self, name: str, num: int) -> None:
@@ -206,14 +206,14 @@ class CudaGraphs:
             found_BC = self._after(block, x_BC, _varied(heads_BHD))
         except (RuntimeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             do = "install Triton and a C compiler, or leave it out"
-            raise ConfigError("compiles_decodes: cannot be compiled", got=_first_line(error), do=do) from error
+            raise ConfigError("compiles: cannot be compiled", got=_first_line(error), do=do) from error
         plain_BC = block(x_BC, layer, PagedAttention(cache, batch), rope, window)
         for pages_KND in cache.pages(layer):
             pages_KND.zero_()
         gap, largest = (found_BC - plain_BC).abs().max().item(), plain_BC.abs().max().item()
         if not gap < _CLOSE * largest:
             got = f"off by {gap:.2g} of {largest:.2g}"
-            raise ConfigError("compiles_decodes: wrong numbers here", got=got, do="leave it out")
+            raise ConfigError("compiles: wrong numbers here", got=got, do="leave it out")
 
 
 class _CaptureGraph:

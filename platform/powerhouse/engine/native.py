@@ -110,6 +110,11 @@ def load() -> CDLL:
     return library
 
 
+def multiplies(kind: Kind) -> bool:
+    """Whether native.cpp has products of this kind here; others than `CODES` need instructions for them."""
+    return bool(load().multiplies(kind))
+
+
 class Weights:
     """A layer's weights as native.cpp reads them."""
 
@@ -117,11 +122,11 @@ class Weights:
         self,
         kind: Kind,
         weights: Tensor,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
+        scales_O: Tensor | None,
+        bias_O: Tensor | None,
+        sums_O: Tensor | None,
         *,
-        scales_O: Tensor | None = None,
-        bias_O: Tensor | None = None,
-        sums_O: Tensor | None = None,
         levels: int = 0,
         most_rows: int = sys.maxsize,
     ) -> None:
@@ -134,14 +139,22 @@ class Weights:
         self.most_rows, self.num_outputs, self._held = most_rows, num_outputs, held
 
     @classmethod
+    def codes(cls, codes_OI: Tensor, scales_O: Tensor, bias_O: Tensor | None, *, levels: int, most_rows: int) -> Weights:
+        """int8 as it lies, for rows of which each is rounded to `levels` steps on both sides of 0."""
+        outputs = codes_OI.shape, scales_O, bias_O, None
+        return cls(Kind.CODES, codes_OI, *outputs, levels=levels, most_rows=most_rows)
+
+    @classmethod
     def bfloat16(cls, weight_OI: Tensor, bias_O: Tensor | None) -> Weights:
-        return cls(Kind.BFLOAT16, _panels(weight_OI, 2), weight_OI.shape, bias_O=_padded(bias_O))
+        bias_O = None if bias_O is None else _padded(bias_O.float())
+        return cls(Kind.BFLOAT16, _panels(weight_OI, 2), weight_OI.shape, None, bias_O, None)
 
     @classmethod
     def int8(cls, codes_OI: Tensor, scales_O: Tensor, bias_O: Tensor | None) -> Weights:
-        sums_O = codes_OI.sum(1, dtype=torch.int32) * 128
-        outputs = {"scales_O": _padded(scales_O), "bias_O": _padded(bias_O), "sums_O": _padded(sums_O)}
-        return cls(Kind.INT8, _panels(codes_OI, 4), codes_OI.shape, **outputs)
+        bias_O = None if bias_O is None else _padded(bias_O.float())
+        sums_O = _padded(codes_OI.sum(1, dtype=torch.int32) * 128)
+        panels, scales_O = _panels(codes_OI, 4), _padded(scales_O)
+        return cls(Kind.INT8, panels, codes_OI.shape, scales_O, bias_O, sums_O)
 
     def multiply(self, x_TI: Tensor) -> Tensor:
         """float32 [T, I] to [T, O], biases included."""
@@ -156,17 +169,17 @@ def _panels(weight_OI: Tensor, num_together: int) -> Tensor:
     """Outputs by PANEL, and of each panel, by inputs that lie in 32 bits, those of all its outputs side by side."""
     num_outputs, num_inputs = weight_OI.shape
     padding = (0, -num_inputs % num_together, 0, -num_outputs % _PANEL)
-    parts = F.pad(weight_OI, padding).unflatten(0, (-1, _PANEL)).unflatten(2, (-1, num_together))
-    return parts.transpose(1, 2).contiguous()
+    padded_OI = F.pad(weight_OI, padding)
+    return padded_OI.view(-1, _PANEL, padded_OI.shape[1] // num_together, num_together).transpose(1, 2).contiguous()
 
 
-def _padded(values_O: Tensor | None) -> Tensor | None:
-    return None if values_O is None else F.pad(values_O, (0, -len(values_O) % _PANEL))
+def _padded(values_O: Tensor) -> Tensor:
+    return F.pad(values_O, (0, -len(values_O) % _PANEL))
 
 
 def _failed(compiler: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"compiles_decodes: {compiler} cannot compile",
+        f"compiles: {compiler} cannot compile",
         got=reason,
         do="install a C++ compiler, g++ (or name one by CXX), or leave it out",
     )

@@ -50,7 +50,7 @@ class EngineConfig(Config):
     batches in flight, one per stage, has its share: a stage waits for the largest."""
     max_waiting_requests: int = Field(default=1024, gt=0)
     """Requests that may wait for their turn; one more is refused."""
-    compiles_decodes: bool = False
+    compiles: bool = False
     """Make steps in which every request decodes faster, those of one request most, by code that is compiled at the start. On a
     CPU that takes a second or two and a C++ compiler, and int8_dynamic's weights are held twice. On a GPU such steps are
     captured in CUDA graphs, one for each size: it takes longer, and Triton."""

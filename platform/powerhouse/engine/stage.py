@@ -16,7 +16,7 @@ from powerhouse.device import choose_device, reuse_freed_memory, to_dtype, uploa
 from powerhouse.engine.adapters import AdaptedStage, load_adapters
 from powerhouse.engine.attention import PagedAttention, PagedCache
 from powerhouse.engine.batch import BatchResult, ForwardBatch
-from powerhouse.engine.compiled import CompiledDecodes
+from powerhouse.engine.compiled import CompiledBlocks
 from powerhouse.engine.formats import compute_dtype, make_pack, pages_dtype
 from powerhouse.engine.fused import FusedDecoder
 from powerhouse.engine.graphs import CudaGraphs
@@ -46,17 +46,17 @@ class Stage:
         pack = make_pack(config, weight.dtype, self.device)
         self.decoder = FusedDecoder(decoder, pack, self.dtype, int(num_positions), empties=empties)
         self.adapted = AdaptedStage(self.decoder, adapters) if adapters else None
-        is_graphed = config.compiles_decodes and self.device.type == "cuda"
+        is_graphed = config.compiles and self.device.type == "cuda"
         num_blocks = config.num_blocks + is_graphed  # one more, for rows that are nobody's
         kinds = self.dtype, self.device, pages_dtype(config, weight.dtype, self.device)
         self._cache = PagedCache(decoder.config, decoder.layers, num_blocks, config.block_size, *kinds)
-        self.compiled: CompiledDecodes | CudaGraphs | None = None
-        self._project = self.decoder.project
+        self.compiled: CompiledBlocks | CudaGraphs | None = None
+        self.project = self.decoder.project
         if is_graphed:
             self.compiled = CudaGraphs(self.decoder, self._cache, config)
-        elif config.compiles_decodes:
-            self.compiled = CompiledDecodes(self.decoder, self._cache)
-            self._project = self.compiled.project
+        elif config.compiles:
+            self.compiled = CompiledBlocks(self.decoder, self._cache)
+            self.project = self.compiled.project
 
     @classmethod
     def load(cls, directory: Path, config: EngineConfig, layers: range | None = None) -> Stage:
@@ -94,7 +94,7 @@ class Stage:
         scored = self._score_prompts(batch, hidden_TC)
         if not batch.sampled_rows:
             return BatchResult([], [], scored)
-        logits_BV = self._project(hidden_TC[upload(batch.sampled_rows, self.device)])
+        logits_BV = self.project(hidden_TC[upload(batch.sampled_rows, self.device)])
         token_ids = sample(logits_BV, batch.sampling)
         logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
         if asked := [(i, row.num_logprobs) for i, row in enumerate(batch.sampling) if row.num_logprobs is not None]:
