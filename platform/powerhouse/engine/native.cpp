@@ -414,6 +414,7 @@ void attend_alone(
 
 constexpr int64_t VECTORS = 2, COLUMNS = LANES * VECTORS;  // with ROWS, of sums that registers hold
 constexpr int64_t QUERIES = 32, KEYS = 32;                 // of a tile
+static_assert(QUERIES <= KEYS, "whatever the window, a query sees one of the first keys that a tile looks at");
 
 // c_RN += a_RJ b_JN; R a whole number of ROWS, N of COLUMNS.
 void accumulate(const float* a_RJ, const float* b_JN, float* c_RN, int64_t R, int64_t J, int64_t N) {
