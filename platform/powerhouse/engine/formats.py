@@ -16,7 +16,8 @@ What is stored and how it is multiplied, on the CPU (`_weight_*` and `quantized:
                   least; a row's result knows nothing of the other rows
 
 On a GPU: plain matrices, int8 as a product that `torch.compile` fuses with the conversion, int4 by tinygemm.
-Codes of 8 bits that a few rows are multiplied by as they lie go to native.cpp, where `compiles` is asked for.
+On a CPU where `compiles` is asked for, native.cpp multiplies by bfloat16 and, for int8_dynamic, by 8-bit weights, if the
+processor has instructions for that; and elsewhere a few rows by codes of 8 bits as they lie.
 """
 
 from __future__ import annotations

@@ -51,9 +51,9 @@ class EngineConfig(Config):
     max_waiting_requests: int = Field(default=1024, gt=0)
     """Requests that may wait for their turn; one more is refused."""
     compiles: bool = False
-    """Make steps in which every request decodes faster, those of one request most, by code that is compiled at the start. On a
-    CPU that takes a second or two and a C++ compiler, and int8_dynamic's weights are held twice. On a GPU such steps are
-    captured in CUDA graphs, one for each size: it takes longer, and Triton."""
+    """Make steps faster by code that is compiled at the start. On a CPU that takes two or three seconds and a C++ compiler, and
+    the KV cache is bfloat16 where `dtype` is. On a GPU steps in which every request decodes are captured in CUDA graphs, one
+    for each size: it takes longer, and Triton."""
     max_model_len: int | None = Field(default=None, gt=0)
     """Longest prompt and answer together, in tokens; the model's own context where left out."""
 
