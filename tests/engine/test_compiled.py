@@ -151,11 +151,17 @@ def test_steps_with_adapters_are_left_to_the_plain_blocks(stage: Stage) -> None:
 def test_steps_of_nobodys_adapters_are_compiled_beneath_them(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "base")
     adapter = write_tiny_adapter(tmp_path / "adapter", base, LoRAConfig(rank=2, targets=("q_proj", "down_proj")))
-    for quantization in (None, "int8"):
-        update = {"adapters": {"a": adapter}, "quantization": quantization}
-        assert_alike(
-            Stage.load(base, CONFIG.model_copy(update=update)), [*decodes([5, 9]), (0, 7)], 0.03 if quantization else 1e-5
-        )
+    kinds: list[tuple[dict[str, Any], float]] = [
+        ({}, 1e-5),
+        ({"quantization": "int8"}, 0.03),
+        ({"dtype": "bfloat16"}, 5e-3),
+        ({"quantization": "int8_dynamic"}, 5e-3),
+    ]
+    for settings, tolerance in kinds:
+        stage = Stage.load(base, CONFIG.model_copy(update={"adapters": {"a": adapter}} | settings))
+        assert_alike(stage, [*decodes([5, 9]), (0, 7)], tolerance)
+        mixed = replace(make_batch([(0, 7), (3, 4)]), adapters=(1, 0))  # the plain blocks, by the same weights
+        assert stage.forward(mixed).isfinite().all()
 
 
 def test_answers_are_those_of_the_plain_dense_loop(
