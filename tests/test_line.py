@@ -166,10 +166,10 @@ def still_running(cluster_id: str, processes: list[psutil.Process]) -> list[psut
 def test_ctrl_c_stops_everything(line: Line) -> None:
     with subprocess.Popen(line.command("demo"), cwd=ROOT, env=line.environment, stdout=subprocess.PIPE) as demo:
         assert demo.stdout is not None
-        while b"== " not in demo.stdout.readline():
+        while b"== serve" not in demo.stdout.readline():
             pass
         cluster = LocalCluster(**json.loads((line.storage / STATE_FILE).read_text()))
-        time.sleep(3)
+        time.sleep(1)  # the endpoint is half up
         processes = find_processes(cluster.cluster_id)
         demo.send_signal(signal.SIGINT)
         demo.stdout.read()
