@@ -37,14 +37,18 @@ def stage(decoder: Decoder) -> Stage:
     return Stage(decoder, CONFIG)
 
 
-def make_batch(spans: Sequence[tuple[int, int]], seed: int = 0) -> ForwardBatch:
+def make_batch(
+    spans: Sequence[tuple[int, int]], seed: int = 0, block_size: int = BLOCK, num_blocks: int = NUM_BLOCKS
+) -> ForwardBatch:
     """Tokens from one position to before another of each context, whose blocks lie anywhere."""
     chance = random.Random(seed)
-    free = chance.sample(range(NUM_BLOCKS), NUM_BLOCKS)
-    tables = tuple(tuple(free.pop() for _ in range((stop - 1) // BLOCK + 1)) for _, stop in spans)
+    free = chance.sample(range(num_blocks), num_blocks)
+    tables = tuple(tuple(free.pop() for _ in range((stop - 1) // block_size + 1)) for _, stop in spans)
     positions = tuple(position for span in spans for position in range(*span))
     slots = tuple(
-        table[at // BLOCK] * BLOCK + at % BLOCK for table, span in zip(tables, spans, strict=True) for at in range(*span)
+        table[at // block_size] * block_size + at % block_size
+        for table, span in zip(tables, spans, strict=True)
+        for at in range(*span)
     )
     token_ids = tuple(chance.randrange(256) for _ in positions)
     return ForwardBatch(token_ids, positions, slots, tuple(stop - start for start, stop in spans), tables, (), ())
@@ -69,7 +73,8 @@ def forward(stage: Stage, batch: ForwardBatch, *, is_compiled: bool) -> Tensor:
 
 
 def assert_alike(stage: Stage, spans: Sequence[tuple[int, int]], tolerance: float) -> None:
-    batch = make_batch(spans)
+    num_blocks, block_size = stage._cache.k_LKNPD.shape[2:4]
+    batch = make_batch(spans, block_size=block_size, num_blocks=num_blocks)
     assert stage.compiled
     assert stage.compiled.takes(batch)
     plain_TC = forward(stage, batch, is_compiled=False)
@@ -129,6 +134,24 @@ def test_so_they_do_for_every_kind_of_block_and_of_weights(weights: str, is_plai
     tolerance = {"bfloat16": 5e-3, "int8": 0.03, "int8_dynamic": 5e-3}.get(weights, 1e-5)
     for spans in STEPS:
         assert_alike(stage, spans, tolerance)
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 128}, {"sliding_window": 150}], ids=str)
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 7, 16], ids="{} heads".format)
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(16, 256), (24, 192), (512, 9)])
+@pytest.mark.parametrize("pages_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_so_do_decodes_of_long_contexts_in_pages_of_any_size(
+    pages_dtype: torch.dtype, block_size: int, num_blocks: int, num_heads: int, changes: dict[str, Any]
+) -> None:
+    """Heads in groups that registers hold and what is left of them; whole vectors of keys in a page and parts of one."""
+    heads = {"head_dim": 64, "num_attention_heads": num_heads, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    config = CONFIG.model_copy(update={"block_size": block_size, "num_blocks": num_blocks})
+    with patch("powerhouse.engine.stage.pages_dtype", return_value=pages_dtype):
+        stage = Stage(tiny_decoder(**heads | changes), config)
+    assert stage._cache.k_LKNPD.dtype == pages_dtype
+    tolerance = 1e-5 if pages_dtype == torch.float32 else 1e-3  # a last bit can tip a rounding
+    for lengths in ([300], [127, 128, 129, 400, 0, 15, 16, 33, 255]):
+        assert_alike(stage, decodes(lengths), tolerance)
 
 
 def test_a_step_is_one_call_where_all_products_are_native() -> None:

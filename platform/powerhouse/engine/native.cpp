@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 extern "C" {
@@ -85,7 +86,7 @@ class Floats {
     floats_.reset((float*)std::aligned_alloc(64, round_up(size * sizeof(float), 64)));
   }
   float* data() { return floats_.get(); }
-  float& operator[](int64_t i) { return floats_[i]; }
+  float& operator[](int64_t i) const { return floats_[i]; }
 
  private:
   struct Free {
@@ -98,18 +99,6 @@ class Floats {
 inline Vector load(const float* x) { return *(const Vector*)x; }
 
 inline void store(float* x, Vector values) { *(Vector*)x = values; }
-
-inline float sum_of(Vector x) {
-  typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
-#ifdef __AVX512F__
-  const Eight eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  const Eight eight = x;
-#endif
-  const Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-  return four[0] + four[1] + (four[2] + four[3]);
-}
 
 void widen_row(const uint16_t* half, int64_t size, float* out) {
 #pragma omp simd
@@ -342,74 +331,216 @@ void place(const Shape& shape, const Step& step, const Block& block, const float
   for (int64_t k = 0; k < K; k++, x_AD += D) put_row(shape, x_AD, block.values, k * shape.num_slots + slot);
 }
 
-// Calls visit(i, x_PD, num) for the keys or values at the places first + i of a sequence and on, up to before `stop`, by pages.
-template <typename Visit>
-inline void each_page(const Shape& shape, const int64_t* table_M, const uint8_t* pages, int64_t first, int64_t stop, Visit visit) {
-  const int64_t D = shape.head_width, P = shape.page_size, size = P * D * shape.number_bytes;
-  Floats room(shape.number_bytes == 2 ? P * D : 0);
-  for (int64_t m = first / P; m * P < stop; m++) {
-    const int64_t from = std::max<int64_t>(0, first - m * P), to = std::min(P, stop - m * P);
-    if ((m + 1) * P < stop)  // pages lie anywhere
-      for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(pages + table_M[m + 1] * size + i, 0, 2);
-    const uint8_t* x_PD = pages + table_M[m] * size + from * D * shape.number_bytes;
-    if (shape.number_bytes == 2) widen_row((const uint16_t*)x_PD, (to - from) * D, room.data());
-    visit(m * P + from - first, shape.number_bytes == 2 ? room.data() : (const float*)x_PD, to - from);
+struct Pages {  // a head's keys or values of one sequence
+  const Shape& shape;
+  const int64_t* table_M;
+  const uint8_t* slots;
+
+  int64_t bytes() const { return shape.page_size * shape.head_width * shape.number_bytes; }
+
+  // Pages lie anywhere: nobody but who has the table knows which is next.
+  void fetch(int64_t m) const {
+    const uint8_t* page = slots + table_M[m] * bytes();
+    for (int64_t i = 0; i < bytes(); i += 64) __builtin_prefetch(page + i, 0, 2);
   }
-}
 
-// Sums of vectors times numbers; of a width known to the compiler they stay in registers.
-template <int64_t WIDTH>
-inline void add_scaled(const float* weights_P, const float* x_PD, int64_t num, int64_t D, float* sums_D) {
-  if constexpr (WIDTH) {
-    Vector sums[WIDTH / LANES];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < WIDTH / LANES; i++) sums[i] = load(sums_D + i * LANES);
-    for (int64_t p = 0; p < num; p++)
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < WIDTH / LANES; i++) sums[i] += weights_P[p] * load(x_PD + p * WIDTH + i * LANES);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < WIDTH / LANES; i++) store(sums_D + i * LANES, sums[i]);
-  } else {
-    for (int64_t p = 0; p < num; p++)
-#pragma omp simd
-      for (int64_t d = 0; d < D; d++) sums_D[d] += weights_P[p] * x_PD[p * D + d];
+  // Calls visit(j, x_PD, num, m) for the places first + j and on that are before `stop`, num of them in page m; float or as they are.
+  template <typename Number, typename Visit>
+  void each(int64_t first, int64_t stop, Visit visit) const {
+    const int64_t D = shape.head_width, P = shape.page_size;
+    const bool widens = shape.number_bytes != sizeof(Number);
+    Floats room(widens ? P * D : 0);
+    for (int64_t m = first / P; m * P < stop; m++) {
+      const int64_t from = std::max<int64_t>(0, first - m * P), to = std::min(P, stop - m * P);
+      const uint8_t* x_PD = slots + table_M[m] * bytes() + from * D * shape.number_bytes;
+      if (widens) widen_row((const uint16_t*)x_PD, (to - from) * D, room.data());
+      visit(m * P + from - first, widens ? (const Number*)room.data() : (const Number*)x_PD, to - from, m);
+    }
   }
-}
+};
 
-template <int64_t WIDTH>
-inline float dot_of(const float* a_D, const float* b_D, int64_t D) {
-  if constexpr (!WIDTH) return dot(a_D, b_D, D);
-  Vector sum = {};
-#pragma GCC unroll 16
-  for (int64_t d = 0; d < WIDTH; d += LANES) sum += load(a_D + d) * load(b_D + d);
-  return sum_of(sum);
-}
+// A query's heads that share keys and values, and what they do with num of them; J: from a head's scores to the next's.
+struct AnyWidth {
+  typedef float Number;
+  int64_t num_heads, D;
+  const float* q_HD;
 
-// softmax(q K^T / sqrt(D)) V of one query for heads that share keys and values, in its place.
-template <int64_t WIDTH>
-void attend_alone(
-    const Shape& shape, const int64_t* table_M, const uint8_t* keys, const uint8_t* values, int64_t first, int64_t stop, int64_t num_heads,
-    float* q_HD) {
-  const int64_t D = shape.head_width, J = stop - first;
-  const float scale = 1 / std::sqrt((float)D);
-  Floats weights_HJ(num_heads * J), sums_HD(num_heads * D, 0.0f);
-  each_page(shape, table_M, keys, first, stop, [&](int64_t j, const float* k_PD, int64_t num) {
+  AnyWidth(int64_t num_heads, int64_t D, const float* q_HD) : num_heads(num_heads), D(D), q_HD(q_HD) {}
+
+  void score(const float* k_PD, int64_t num, float* scores_HJ, int64_t J) const {
     for (int64_t h = 0; h < num_heads; h++)
-      for (int64_t p = 0; p < num; p++) weights_HJ[h * J + j + p] = dot_of<WIDTH>(q_HD + h * D, k_PD + p * D, D) * scale;
-  });
-  for (int64_t h = 0; h < num_heads; h++) {
-    float *weights_J = &weights_HJ[h * J], largest = -std::numeric_limits<float>::infinity(), total = 0;
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < J; j++) largest = std::max(largest, weights_J[j]);
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < J; j++) total += weights_J[j] = exponential(weights_J[j] - largest);
-#pragma omp simd
-    for (int64_t j = 0; j < J; j++) weights_J[j] /= total;
+      for (int64_t p = 0; p < num; p++) scores_HJ[h * J + p] = dot(q_HD + h * D, k_PD + p * D, D);
   }
-  each_page(shape, table_M, values, first, stop, [&](int64_t j, const float* v_PD, int64_t num) {
-    for (int64_t h = 0; h < num_heads; h++) add_scaled<WIDTH>(&weights_HJ[h * J + j], v_PD, num, D, &sums_HD[h * D]);
-  });
-  std::copy_n(sums_HD.data(), num_heads * D, q_HD);
+  void add(const float* weights_HJ, int64_t J, const float* v_PD, int64_t num, float* sums_HD) const {
+    for (int64_t h = 0; h < num_heads; h++)
+      for (int64_t p = 0; p < num; p++)
+#pragma omp simd
+        for (int64_t d = 0; d < D; d++) sums_HD[h * D + d] += weights_HJ[h * J + p] * v_PD[p * D + d];
+  }
+  void finish(const float* sums_D, float factor, float* out_D) const {
+    for (int64_t d = 0; d < D; d++) out_D[d] = sums_D[d] * factor;
+  }
+};
+
+inline void load_two(const float* x, Vector* out) {
+  out[0] = load(x);
+  out[1] = load(x + LANES);
+}
+
+// The even ones, and the odd ones: whatever the order, each is widened by one operation.
+inline void load_two(const uint16_t* half, Vector* out) {
+  typedef uint32_t Bits __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
+  const Bits bits = *(const Bits*)half;
+  out[0] = (Vector)(bits << 16);
+  out[1] = (Vector)(bits & 0xffff0000u);
+}
+
+// The sums of neighbours: those of a, then those of b.
+inline Vector add_neighbours(Vector a, Vector b) {
+#ifdef __AVX512F__
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+
+// By vectors, of numbers as they lie in pages; D in whole COLUMNS.
+template <typename Page>
+struct WholeVectors {
+  typedef Page Number;
+  static constexpr int64_t VECTORS = 4, COLUMNS = VECTORS * LANES, MOST = LANES / 4;  // heads whose sums registers hold
+  static constexpr int64_t STEP = sizeof(Page) == 4 ? 1 : 2, SECOND = sizeof(Page) == 4 ? LANES : 1;  // the order of load_two
+  int64_t num_heads, D;
+  Floats q_HD;
+
+  WholeVectors(int64_t num_heads, int64_t D, const float* x_HD) : num_heads(num_heads), D(D), q_HD(num_heads * D) {
+    for (int64_t i = 0; i < num_heads * D; i += 2 * LANES)
+      for (int64_t j = 0; j < LANES; j++) {
+        q_HD[i + j] = x_HD[i + j * STEP];
+        q_HD[i + LANES + j] = x_HD[i + SECOND + j * STEP];
+      }
+  }
+
+  void score(const Number* k_PD, int64_t num, float* scores_HJ, int64_t J) const {
+    by_heads([&](auto some, int64_t h) { score_some<some()>(&q_HD[h * D], k_PD, num, scores_HJ + h * J, J); });
+  }
+  void add(const float* weights_HJ, int64_t J, const Number* v_PD, int64_t num, float* sums_HD) const {
+    by_heads([&](auto some, int64_t h) { add_some<some()>(weights_HJ + h * J, J, v_PD, num, sums_HD + h * D); });
+  }
+  void finish(const float* sums_D, float factor, float* out_D) const {
+    for (int64_t d = 0; d < D; d += 2 * LANES)
+      for (int64_t j = 0; j < LANES; j++) {
+        out_D[d + j * STEP] = sums_D[d + j] * factor;
+        out_D[d + SECOND + j * STEP] = sums_D[d + LANES + j] * factor;
+      }
+  }
+
+ private:
+  template <typename Act>
+  void by_heads(Act act) const {
+    int64_t h = 0;
+    for (; h + MOST <= num_heads; h += MOST) act(std::integral_constant<int64_t, MOST>(), h);
+    if (num_heads - h == 3) act(std::integral_constant<int64_t, 3>(), h);
+    if (num_heads - h == 2) act(std::integral_constant<int64_t, 2>(), h);
+    if (num_heads - h == 1) act(std::integral_constant<int64_t, 1>(), h);
+  }
+
+  // LANES keys at a time; where there are fewer, the last of them more than once.
+  template <int64_t R>
+  void score_some(const float* q_RD, const Number* k_PD, int64_t num, float* scores_RJ, int64_t J) const {
+    for (int64_t p = 0; p < num; p += LANES) {
+      Vector sums[R][LANES / 4];
+#pragma GCC unroll 4
+      for (int64_t group = 0; group < LANES / 4; group++) {
+        Vector four[R][4] = {};
+        for (int64_t d = 0; d < D; d += COLUMNS)
+#pragma GCC unroll 4
+          for (int64_t j = 0; j < 4; j++) {
+            const Number* k_D = k_PD + std::min(p + group * 4 + j, num - 1) * D + d;
+            Vector k[VECTORS];
+            load_two(k_D, k);
+            load_two(k_D + COLUMNS / 2, k + 2);
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < R * VECTORS; i++)
+              four[i / VECTORS][j] += load(q_RD + i / VECTORS * D + d + i % VECTORS * LANES) * k[i % VECTORS];
+          }
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < R; r++)
+          sums[r][group] = add_neighbours(add_neighbours(four[r][0], four[r][1]), add_neighbours(four[r][2], four[r][3]));
+      }
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < R; r++) {
+        Vector sum = add_neighbours(sums[r][0], sums[r][1]);
+        if constexpr (LANES == 16) sum = add_neighbours(sum, add_neighbours(sums[r][2], sums[r][3]));
+        float* out = scores_RJ + r * J + p;
+        if (num - p >= LANES)
+          store(out, sum);
+        else
+          for (int64_t j = 0; j < num - p; j++) out[j] = sum[j];
+      }
+    }
+  }
+
+  template <int64_t R>
+  void add_some(const float* weights_RJ, int64_t J, const Number* v_PD, int64_t num, float* sums_RD) const {
+    for (int64_t d = 0; d < D; d += COLUMNS) {
+      Vector sums[R * VECTORS];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < R * VECTORS; i++) sums[i] = load(sums_RD + i / VECTORS * D + d + i % VECTORS * LANES);
+      for (int64_t p = 0; p < num; p++) {
+        const Number* v_D = v_PD + p * D + d;
+        Vector x[VECTORS];
+        load_two(v_D, x);
+        load_two(v_D + COLUMNS / 2, x + 2);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < R * VECTORS; i++) sums[i] += weights_RJ[i / VECTORS * J + p] * x[i % VECTORS];
+      }
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < R * VECTORS; i++) store(sums_RD + i / VECTORS * D + d + i % VECTORS * LANES, sums[i]);
+    }
+  }
+};
+
+constexpr int64_t TOGETHER = 128;  // keys, about, between whose scores and values the processor's cache holds what is fetched ahead
+
+// softmax(q K^T / sqrt(D)) V of one query for heads that share keys and values, into q_HD: pages of some keys, then of their values,
+// as FlashAttention does (Dao et al. 2022), and ever the others are fetched meanwhile.
+template <typename Heads>
+void attend_alone(const Pages& keys, const Pages& values, int64_t first, int64_t stop, int64_t num_heads, Floats& room, float* q_HD) {
+  const int64_t H = num_heads, D = keys.shape.head_width, P = keys.shape.page_size;
+  const int64_t together = std::max<int64_t>(1, TOGETHER / P), J = together * P, num_pages = (stop + P - 1) / P;
+  const Heads heads(H, D, q_HD);
+  const float scale = 1 / std::sqrt((float)D);
+  room.resize(H * (J + D + 2));
+  float *scores_HJ = room.data(), *sums_HD = scores_HJ + H * J, *totals_H = sums_HD + H * D, *largest_H = totals_H + H;
+  std::fill(sums_HD, largest_H, 0.0f);
+  std::fill_n(largest_H, H, -std::numeric_limits<float>::infinity());
+  for (int64_t m = first / P; m < std::min(first / P + together, num_pages); m++) keys.fetch(m);
+  for (int64_t m = first / P; m < num_pages; m += together) {
+    const int64_t from = std::max(first, m * P), num_keys = std::min(stop, (m + together) * P) - from;
+    keys.template each<typename Heads::Number>(from, from + num_keys, [&](int64_t j, const auto* k_PD, int64_t num, int64_t page) {
+      values.fetch(page);
+      heads.score(k_PD, num, &scores_HJ[j], J);
+    });
+    for (int64_t h = 0; h < H; h++) {
+      float *scores_J = &scores_HJ[h * J], largest = largest_H[h], total = 0;
+#pragma omp simd reduction(max : largest)
+      for (int64_t j = 0; j < num_keys; j++) largest = std::max(largest, scores_J[j] * scale);
+#pragma omp simd reduction(+ : total)
+      for (int64_t j = 0; j < num_keys; j++) total += scores_J[j] = exponential(scores_J[j] * scale - largest);
+      const float factor = exponential(largest_H[h] - largest);
+      totals_H[h] = totals_H[h] * factor + total;
+      largest_H[h] = largest;
+#pragma omp simd
+      for (int64_t d = 0; d < D; d++) sums_HD[h * D + d] *= factor;
+    }
+    values.template each<typename Heads::Number>(from, from + num_keys, [&](int64_t j, const auto* v_PD, int64_t num, int64_t page) {
+      if (page + together < num_pages) keys.fetch(page + together);
+      heads.add(&scores_HJ[j], J, v_PD, num, sums_HD);
+    });
+  }
+  for (int64_t h = 0; h < H; h++) heads.finish(sums_HD + h * D, 1 / totals_H[h], q_HD + h * D);
 }
 
 constexpr int64_t VECTORS = 2, COLUMNS = LANES * VECTORS;  // with ROWS, of sums that registers hold
@@ -437,8 +568,8 @@ void accumulate(const float* a_RJ, const float* b_JN, float* c_RN, int64_t R, in
 // The same for some queries of a sequence, of all the heads that share a key/value head: a part of the keys at a time, as
 // FlashAttention does (Dao et al. 2022), by products of small matrices. `positions_Q` are those of the queries at q_QHD.
 void attend_tile(
-    const Shape& shape, const int64_t* table_M, const uint8_t* keys, const uint8_t* values, int64_t window, const int64_t* positions_Q,
-    int64_t num_queries, float* q_QHD) {
+    const Pages& keys, const Pages& values, int64_t window, const int64_t* positions_Q, int64_t num_queries, float* q_QHD) {
+  const Shape& shape = keys.shape;
   const int64_t D = shape.head_width, G = shape.num_heads / shape.num_kv_heads, R = num_queries * G, V = round_up(D, COLUMNS);
   const int64_t stop = positions_Q[num_queries - 1] + 1;
   const float scale = 1 / std::sqrt((float)D);
@@ -448,11 +579,12 @@ void attend_tile(
     for (int64_t d = 0; d < D; d++) q_RD[r * D + d] = q_QHD[(r / G * shape.num_heads + r % G) * D + d] * scale;
   for (int64_t first = window ? std::max<int64_t>(0, positions_Q[0] - window + 1) : 0; first < stop; first += KEYS) {
     const int64_t end = std::min(stop, first + KEYS);
-    each_page(shape, table_M, keys, first, end, [&](int64_t j, const float* k_PD, int64_t num) {
+    keys.each<float>(first, end, [&](int64_t j, const float* k_PD, int64_t num, int64_t page) {
+      values.fetch(page);
       for (int64_t p = 0; p < num; p++)
         for (int64_t d = 0; d < D; d++) k_DJ[d * KEYS + j + p] = k_PD[p * D + d];
     });
-    each_page(shape, table_M, values, first, end, [&](int64_t j, const float* v_PD, int64_t num) {
+    values.each<float>(first, end, [&](int64_t j, const float* v_PD, int64_t num, int64_t page) {
       for (int64_t p = 0; p < num; p++) std::copy_n(v_PD + p * D, D, &v_JV[(j + p) * V]);
     });
     std::fill_n(scores_RJ.data(), round_up(R, ROWS) * KEYS, 0.0f);
@@ -530,7 +662,9 @@ void gate_rows(const float* gate_up_T2F, const Rows& out, int64_t num_tokens, in
 
 void attend_rows(const Shape& shape, const Step& step, const Block& block, const float* qkv_TAD, const Rows& out) {
   const int64_t T = step.num_tokens, H = shape.num_heads, K = shape.num_kv_heads, D = shape.head_width;
-  const auto alone = D == 64 ? attend_alone<64> : D == 128 ? attend_alone<128> : attend_alone<0>;
+  const bool is_half = shape.number_bytes == 2, is_whole = D % WholeVectors<float>::COLUMNS == 0;
+  const auto whole = is_half ? attend_alone<WholeVectors<uint16_t>> : attend_alone<WholeVectors<float>>;
+  const auto alone = is_whole ? whole : attend_alone<AnyWidth>;
   const std::vector<Task> tasks = share_out(shape, step);
   Floats heads_THD(T * H * D);
   std::vector<int64_t> sequences_T(T);
@@ -546,14 +680,14 @@ void attend_rows(const Shape& shape, const Step& step, const Block& block, const
       const Task& task = tasks[i];
       const int64_t* table_M = step.tables_NM + task.sequence * step.num_pages;
       const int64_t offset = task.head / (H / K) * shape.num_slots * D * shape.number_bytes, last = step.positions_T[task.first];
-      const uint8_t *keys = block.keys + offset, *values = block.values + offset;
+      const Pages keys{shape, table_M, block.keys + offset}, values{shape, table_M, block.values + offset};
       float* q_D = &heads_THD[(task.first * H + task.head) * D];
       if (step.starts_N[task.sequence + 1] - step.starts_N[task.sequence] > 1) {
-        attend_tile(shape, table_M, keys, values, block.window, step.positions_T + task.first, task.num_queries, q_D);
+        attend_tile(keys, values, block.window, step.positions_T + task.first, task.num_queries, q_D);
         continue;
       }
       const int64_t first = block.window ? std::max<int64_t>(0, last - block.window + 1) : 0;
-      alone(shape, table_M, keys, values, first, last + 1, task.num_heads, q_D);
+      alone(keys, values, first, last + 1, task.num_heads, room, q_D);
     }
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < T; t++) {
