@@ -164,7 +164,9 @@ def still_running(cluster_id: str, processes: list[psutil.Process]) -> list[psut
 
 
 def test_ctrl_c_stops_everything(line: Line) -> None:
-    with subprocess.Popen(line.command("demo"), cwd=ROOT, env=line.environment, stdout=subprocess.PIPE) as demo:
+    # In the background of a shell the signal is ignored, and by all that is started there.
+    command = ["env", "--default-signal=INT", *line.command("demo")]
+    with subprocess.Popen(command, cwd=ROOT, env=line.environment, stdout=subprocess.PIPE) as demo:
         assert demo.stdout is not None
         while b"== serve" not in demo.stdout.readline():
             pass
