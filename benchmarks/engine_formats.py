@@ -26,13 +26,15 @@ from powerhouse.tokenizer import Tokenizer
 
 TEXTS = Path(__file__).parents[1] / "jobs" / "configs" / "texts.yaml"
 WINDOW = 256
-FORMATS: dict[str, dict[str, str]] = {
+FORMATS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
     "int8_dynamic": {"quantization": "int8_dynamic"},
     "int4": {"quantization": "int4"},
+    "bfloat16 compiled": {"dtype": "bfloat16", "compiles": True},
+    "int8_dynamic compiled": {"dtype": "bfloat16", "quantization": "int8_dynamic", "compiles": True},
 }
 
 
@@ -48,7 +50,7 @@ def read_windows(model: Path, num_windows: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def logprobs(model: Path, settings: dict[str, str], windows: list[list[int]]) -> list[Tensor]:
+def logprobs(model: Path, settings: dict[str, Any], windows: list[list[int]]) -> list[Tensor]:
     """Log-probabilities [T, V] of every window's next tokens."""
     num_blocks = WINDOW // 16
     stage = Stage.load(model, EngineConfig.model_validate({**settings, "num_blocks": num_blocks, "max_model_len": WINDOW}))
@@ -56,7 +58,7 @@ def logprobs(model: Path, settings: dict[str, str], windows: list[list[int]]) ->
     found = []
     for window in windows:
         batch = ForwardBatch(tuple(window), places, places, (WINDOW,), (tuple(range(num_blocks)),), (), ())
-        found.append(stage.decoder.project(stage.forward(batch)).log_softmax(-1))
+        found.append(stage.project(stage.forward(batch)).log_softmax(-1))
     return found
 
 
