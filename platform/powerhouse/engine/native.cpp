@@ -338,10 +338,12 @@ struct Pages {  // a head's keys or values of one sequence
 
   int64_t bytes() const { return shape.page_size * shape.head_width * shape.number_bytes; }
 
-  // Pages lie anywhere: nobody but who has the table knows which is next.
-  void fetch(int64_t m) const {
+  // Page m, of places before `stop`. Pages lie anywhere: nobody but who has the table knows which is next. Always inline: g++ leaves
+  // out calls of a function that does nothing but fetch.
+  __attribute__((always_inline)) void fetch(int64_t m, int64_t stop) const {
     const uint8_t* page = slots + table_M[m] * bytes();
-    for (int64_t i = 0; i < bytes(); i += 64) __builtin_prefetch(page + i, 0, 2);
+    const int64_t num = std::min(shape.page_size, stop - m * shape.page_size);
+    for (int64_t i = 0; i < num * shape.head_width * shape.number_bytes; i += 64) __builtin_prefetch(page + i, 0, 2);
   }
 
   // Calls visit(j, x_PD, num, m) for the places first + j and on that are before `stop`, num of them in page m; float or as they are.
@@ -516,11 +518,11 @@ void attend_alone(const Pages& keys, const Pages& values, int64_t first, int64_t
   float *scores_HJ = room.data(), *sums_HD = scores_HJ + H * J, *totals_H = sums_HD + H * D, *largest_H = totals_H + H;
   std::fill(sums_HD, largest_H, 0.0f);
   std::fill_n(largest_H, H, -std::numeric_limits<float>::infinity());
-  for (int64_t m = first / P; m < std::min(first / P + together, num_pages); m++) keys.fetch(m);
+  for (int64_t m = first / P; m < std::min(first / P + together, num_pages); m++) keys.fetch(m, stop);
   for (int64_t m = first / P; m < num_pages; m += together) {
     const int64_t from = std::max(first, m * P), num_keys = std::min(stop, (m + together) * P) - from;
     keys.template each<typename Heads::Number>(from, from + num_keys, [&](int64_t j, const auto* k_PD, int64_t num, int64_t page) {
-      values.fetch(page);
+      values.fetch(page, stop);
       heads.score(k_PD, num, &scores_HJ[j], J);
     });
     for (int64_t h = 0; h < H; h++) {
@@ -536,7 +538,7 @@ void attend_alone(const Pages& keys, const Pages& values, int64_t first, int64_t
       for (int64_t d = 0; d < D; d++) sums_HD[h * D + d] *= factor;
     }
     values.template each<typename Heads::Number>(from, from + num_keys, [&](int64_t j, const auto* v_PD, int64_t num, int64_t page) {
-      if (page + together < num_pages) keys.fetch(page + together);
+      if (page + together < num_pages) keys.fetch(page + together, stop);
       heads.add(&scores_HJ[j], J, v_PD, num, sums_HD);
     });
   }
@@ -580,7 +582,7 @@ void attend_tile(
   for (int64_t first = window ? std::max<int64_t>(0, positions_Q[0] - window + 1) : 0; first < stop; first += KEYS) {
     const int64_t end = std::min(stop, first + KEYS);
     keys.each<float>(first, end, [&](int64_t j, const float* k_PD, int64_t num, int64_t page) {
-      values.fetch(page);
+      values.fetch(page, end);
       for (int64_t p = 0; p < num; p++)
         for (int64_t d = 0; d < D; d++) k_DJ[d * KEYS + j + p] = k_PD[p * D + d];
     });
